@@ -1,0 +1,148 @@
+"""`dist-agc check`: does AGC give the unsharded answer here, on these versions, under every layout that runs here?"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from . import launch
+
+if TYPE_CHECKING:
+    from ..conformance import Row
+
+
+def _factory(spec: str | None) -> Callable[[], Any] | None:
+    """The object that ``package.module:factory`` names, found from the current folder too."""
+    if spec is None:
+        return None
+    module, colon, name = spec.partition(":")
+    if not (module and colon and name):
+        raise typer.BadParameter(f"{spec!r}: expected package.module:factory.", param_hint="--model")
+    sys.path.insert(0, os.getcwd())
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise typer.BadParameter(f"{spec!r}: {error}.", param_hint="--model") from None
+    if not callable(found):
+        raise typer.BadParameter(f"{spec!r} cannot be called.", param_hint="--model")
+    return found
+
+
+def command(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PACKAGE.MODULE:FACTORY",
+            help="Check a model of your own: a function that returns a module, or (module, loss) where loss(module) "
+            "gives a scalar. Without a loss gradients are noise.",
+        ),
+    ] = None,
+    layout: Annotated[
+        list[str] | None,
+        typer.Option(help="Only layouts of this name or glob; repeatable. as-is: FACTORY returns it sharded already."),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="A glob of parameters to leave alone, as in AGCConfig; repeatable.")
+    ] = None,
+    nproc: Annotated[int, typer.Option(min=1, max=64, help="Processes to start when none of the launchers did.")] = 2,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
+) -> None:
+    """Hold every layout that runs here against a float64 reference of the gathered tensors.
+
+    Run it where you train: under torchrun, mpirun or the DeepSpeed launcher, [dim]torchrun --nproc-per-node 8 -m
+    dist_agc.cli check[/dim], or by itself, [dim]dist-agc check --nproc 4[/dim]. The exit code is 1 if any layout fails.
+    """
+    here = launch.place()
+    if here is None:
+        raise typer.Exit(launch.torchrun(sys.argv[1:], nproc))
+    factory = _factory(model)
+    from .. import AGCConfig, conformance
+
+    def progress(name: str) -> None:
+        if here.rank == 0:
+            print(f"checking {name} ...", file=sys.stderr, flush=True)
+
+    with _group(here):
+        try:
+            rows = conformance.run(
+                layout or (), factory=factory, config=AGCConfig(exclude=tuple(exclude or ())), progress=progress
+            )
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
+        if here.rank == 0:
+            print(_json(rows)) if as_json else _table(rows, here.size)
+        failed = any(row.failed for row in rows) or all(row.verdict == "skipped" for row in rows)
+    raise typer.Exit(int(failed))
+
+
+@contextmanager
+def _group(here: launch.Place) -> Iterator[None]:
+    """The process group; NCCL beside gloo where every process of this host has an accelerator of its own."""
+    import torch
+    import torch.distributed as dist
+
+    local = int(os.environ.get("LOCAL_RANK", os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK", "0")))
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", here.size)))
+    # DeepSpeed reads these even where the group exists already, and mpirun does not set them.
+    os.environ.update(RANK=str(here.rank), WORLD_SIZE=str(here.size), LOCAL_RANK=str(local))
+    if not torch.cuda.is_available() or torch.cuda.device_count() < local_size:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        with launch.process_group(here):
+            yield
+        return
+    torch.cuda.set_device(local)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl",
+        init_method=launch.meeting_point(os.environ),
+        rank=here.rank,
+        world_size=here.size,
+        timeout=launch.GROUP_TIMEOUT,
+    )
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _json(rows: Sequence[Row]) -> str:
+    import torch
+
+    return json.dumps({"torch": torch.__version__, "layouts": [row.as_dict() for row in rows]}, indent=2)
+
+
+def _table(rows: Sequence[Row], size: int) -> None:
+    import torch
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    heading = f"{size} rank{'s' if size > 1 else ''}, torch {torch.__version__}"
+    table = Table(title=heading, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("layout", no_wrap=True)
+    for name in ("error", "units", "clipped", "split", "collec-\ntives", "bytes"):
+        table.add_column(name, justify="right")
+    table.add_column("verdict")
+    colours = {"ok": "green", "skipped": "dim"}
+    notes = []
+    for row in rows:
+        colour = colours.get(row.verdict, "red")
+        numbers = (row.units, row.clipped_units, row.split_units, row.collectives, row.bytes)
+        ran = row.verdict in ("ok", "wrong", "vacuous")
+        cells = [f"{row.error:.1e}", *map(str, numbers)] if ran else [""] * 6
+        table.add_row(row.layout, *cells, f"[{colour}]{row.verdict}[/{colour}]")
+        if row.note:
+            notes.append(f"[{colour}]{row.layout}[/{colour}]: {row.note.replace('[', chr(92) + '[')}")
+    console.print(table)
+    for note in notes:
+        console.print(note, soft_wrap=True)
+    checked = [row for row in rows if row.verdict != "skipped"]
+    good = sum(row.verdict == "ok" for row in checked)
+    console.print(f"[bold]{good} of {len(checked)} layouts give the unsharded answer.[/bold]")

@@ -1,0 +1,100 @@
+"""Processes for commands that train: start them with torchrun, or join those that a launcher has started."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+# By name of the launcher: where it tells a process its rank, the number of processes, and how many are on this host.
+LAUNCHERS = {
+    "torchrun": ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"),  # the DeepSpeed launcher too, but for the last
+    "mpirun": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+}
+GROUP_TIMEOUT = timedelta(seconds=120)
+INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C has ended
+
+
+@dataclass(frozen=True)
+class Place:
+    """This process among the others."""
+
+    launcher: str
+    rank: int
+    size: int
+
+
+def place(env: Mapping[str, str] = os.environ) -> Place | None:
+    """What torchrun, the DeepSpeed launcher or mpirun says; None where the command was started by itself."""
+    for launcher, (rank, size, _) in LAUNCHERS.items():
+        if rank in env and size in env:
+            return Place(launcher, int(env[rank]), int(env[size]))
+    return None
+
+
+def torchrun(arguments: Sequence[str], nproc: int) -> int:
+    """Run `dist-agc ARGUMENTS` in `nproc` processes of this machine; returns the exit code for this one."""
+    import logging
+
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    logging.disable()  # torchrun's account of a worker that failed is a page; here it is one line
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
+    local = ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"]
+    # "--": or torchrun takes an option of the command, such as --nproc, for one of its own cut short.
+    options = [*local, f"--nproc-per-node={nproc}", "--module", "--", "dist_agc.cli", *arguments]
+    try:
+        run.run(run.parse_args(options))
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        code = failure.exitcode
+        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"failed (exit code {code}), see above"
+        print(f"dist-agc: rank {rank} of {nproc} {how}.", file=sys.stderr)
+        return 1
+    except (KeyboardInterrupt, SignalException):
+        print("\ndist-agc: interrupted, all processes are stopped.", file=sys.stderr)
+        return INTERRUPTED
+    finally:
+        if sys.stdout.isatty():
+            sys.stdout.write("\x1b[?25h")  # a progress bar that was cut off leaves the cursor hidden
+    return 0
+
+
+@contextmanager
+def process_group(here: Place) -> Iterator[None]:
+    """The default process group: gloo, over the loopback unless the launcher names another address."""
+    import torch.distributed as dist
+
+    former = signal.signal(signal.SIGTERM, signal.default_int_handler)  # launchers pass Ctrl-C on as SIGTERM
+    if sys.platform == "linux" and os.environ.get("MASTER_ADDR", "localhost") in ("127.0.0.1", "localhost"):
+        # Else gloo looks up the host's own name, which not every machine can resolve.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group(
+        "gloo", init_method=meeting_point(os.environ), rank=here.rank, world_size=here.size, timeout=GROUP_TIMEOUT
+    )
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+        signal.signal(signal.SIGTERM, former)
+
+
+def meeting_point(env: Mapping[str, str]) -> str:
+    """The init_method: the launcher's address, or on one host a file in the folder that mpirun makes for its job."""
+    if "MASTER_ADDR" in env and "MASTER_PORT" in env:
+        return "env://"
+    _, size, local_size = LAUNCHERS["mpirun"]
+    folder = env.get("PMIX_SERVER_TMPDIR")
+    if folder and env.get(size) == env.get(local_size):
+        return (Path(folder) / "dist-agc-store").as_uri()
+    sys.exit(
+        "dist-agc: the processes need an address to meet at: set MASTER_ADDR to the host of rank 0 and MASTER_PORT to "
+        "a free port there; mpirun passes them on with -x MASTER_ADDR -x MASTER_PORT."
+    )

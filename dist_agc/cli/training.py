@@ -1,0 +1,101 @@
+"""One training run over all processes: the same steps and figures however many there are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import functional as F
+
+from .backends import Backend, Trainee
+from .tasks import Split, Task
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a run, over all processes; loss and accuracy are those of the batch before its update."""
+
+    number: int  # from 1
+    loss: float
+    accuracy: float
+    stats: dict[str, float]  # ClipStats.as_dict(); empty without AGC
+
+    @property
+    def diverged(self) -> bool:
+        return not math.isfinite(self.loss)
+
+    @property
+    def clip_fraction(self) -> float | None:
+        return self.stats.get("agc/clip_fraction")
+
+
+@dataclass
+class Run:
+    """A run and what became of it. `clipping_threshold` None: without AGC."""
+
+    name: str
+    label: str
+    clipping_threshold: float | None
+    steps: list[Step] = field(default_factory=list)
+    test_accuracy: float | None = None  # None until it ended, and where it diverged
+
+    @property
+    def diverged(self) -> bool:
+        return self.steps[-1].diverged
+
+    @property
+    def failed(self) -> bool:
+        """Diverged, or ended worse than it began."""
+        return not self.steps[-1].loss <= self.steps[0].loss
+
+
+def train(run: Run, task: Task, backend: Backend, seed: int) -> Iterator[Step]:
+    """Train a new model, fill `run`, hand out each step. Stops early, without a test, when the loss is not finite."""
+    torch.manual_seed(seed)  # every process makes the same weights
+    trainee = backend(task.model(), task.lr)
+    hook = None
+    if run.clipping_threshold is not None:
+        hook = trainee.attach(clipping_threshold=run.clipping_threshold, exclude=task.exclude)
+    for number, batch in enumerate(batches(len(task.train.inputs), task.batch_size, task.steps, seed), start=1):
+        loss, losses, correct = forward(trainee, task.train, batch)
+        step = Step(number, losses, correct, {})
+        if not step.diverged:
+            trainee.step(loss)
+            if hook is not None and hook.stats is not None:
+                step = Step(number, losses, correct, hook.stats.as_dict())
+        run.steps.append(step)
+        yield step
+        if step.diverged:
+            return
+    with torch.no_grad():
+        run.test_accuracy = forward(trainee, task.test, torch.arange(len(task.test.inputs)))[2]
+
+
+def batches(samples: int, size: int, steps: int, seed: int) -> Iterator[Tensor]:
+    """`steps` batches of indices, epoch after epoch in a new order, the same in every process and in every run."""
+    generator = torch.Generator().manual_seed(seed)
+    left = torch.empty(0, dtype=torch.long)
+    for _ in range(steps):
+        while len(left) < size:
+            left = torch.cat([left, torch.randperm(samples, generator=generator)])
+        yield left[:size]
+        left = left[size:]
+
+
+def forward(trainee: Trainee, split: Split, batch: Tensor) -> tuple[Tensor, float, float]:
+    """The loss to differentiate on this process's part of a batch; loss and accuracy of the whole batch."""
+    mine = batch[dist.get_rank() :: dist.get_world_size()]
+    targets = split.targets[mine].flatten()
+    logits = trainee.model(split.inputs[mine]).flatten(0, -2)
+    positions = len(batch) * split.targets[0].numel()
+    # A sum over the whole batch's size, so that parts of unequal length weigh what they hold; gradients are averaged
+    # over the processes, which the factor undoes.
+    loss = F.cross_entropy(logits, targets, reduction="sum") / positions
+    totals = torch.stack([loss.detach(), (logits.argmax(-1) == targets).sum() / positions])
+    dist.all_reduce(totals)
+    mean_loss, accuracy = totals.tolist()
+    return loss * dist.get_world_size(), mean_loss, accuracy

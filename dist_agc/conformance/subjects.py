@@ -1,0 +1,199 @@
+"""A model under one layout, and how to look at all of it: full weights and gradients, gathered on the spot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..clipper import Clipper
+from ..config import AGCConfig
+from ..names import module_paths, named_parameters
+from ..part import Part
+from ..stats import ClipStats
+
+Tensors = dict[str, Tensor]
+Loss = Callable[[nn.Module], Tensor]
+
+
+def full(tensor: Tensor) -> Tensor:
+    """All of a plain tensor or DTensor, as a float64 copy on the CPU; a collective for DTensors."""
+    from torch.distributed.tensor import DTensor
+
+    tensor = tensor.detach()
+    tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_dense().to("cpu", torch.float64, copy=True)
+
+
+class Subject:
+    """A sharded model whose gradients lie on its parameters: everything but DeepSpeed.
+
+    ``loss`` runs the forward pass; without one, gradients are noise, spread as the layout spreads the parameters.
+    """
+
+    def __init__(self, model: nn.Module, loss: Loss | None = None) -> None:
+        self.model, self.loss = model, loss
+        self.clipper: Clipper | None = None
+
+    def backward(self) -> None:
+        self.model.zero_grad()
+        if self.loss is not None:
+            self.loss(self.model).backward()
+            return
+        for parameter in _leaves(self.model):
+            parameter.grad = _noise_like(parameter)
+
+    def tensors(self) -> tuple[Tensors, Tensors]:
+        """Full weights and gradients of the trainable parameters by name; a gradient may be missing."""
+        weights, grads = _flat_tensors(self.model)
+        with _summoned(self.model):
+            for named in named_parameters(self.model):
+                parameter = named.parameter
+                if not parameter.requires_grad or named.name in weights or getattr(parameter, "_is_flat_param", False):
+                    continue
+                weights[named.name] = full(parameter)
+                if parameter.grad is not None:
+                    grads[named.name] = full(parameter.grad)
+        return weights, grads
+
+    def clip(self, config: AGCConfig) -> ClipStats:
+        if self.clipper is None or self.clipper.config != config:
+            self.clipper = Clipper(self.model, config)
+        stats = self.clipper.clip()
+        assert stats is not None
+        return stats
+
+    def clipped(self) -> Tensors:
+        return self.tensors()[1]
+
+    def parts(self) -> list[Part]:
+        assert self.clipper is not None
+        return [self.clipper.part()]
+
+    def measured(self, config: AGCConfig) -> int | None:
+        """Collectives of one more clipping, counted by torch; None where they cannot be told from others."""
+        from torch.distributed.tensor.debug import CommDebugMode
+
+        with CommDebugMode() as seen:
+            self.clip(config)
+        return seen.get_total_counts()
+
+
+class ZeroSubject(Subject):
+    """A DeepSpeed engine. AGC runs inside its step, so plain SGD with a learning rate shows what it clipped."""
+
+    # A large one: the step is then mostly gradient, and little of it is lost in the weight's own rounding.
+    LR = 2.0**24
+
+    def __init__(self, engine: Any, loss: Loss) -> None:
+        super().__init__(engine, loss)
+        self.engine = engine
+        self.hook: Any = None
+        self.before: Tensors = {}
+
+    def backward(self) -> None:
+        assert self.loss is not None
+        self.engine.backward(self.loss(self.engine))
+
+    def _named(self) -> Iterable[tuple[str, Any]]:
+        return ((n.name, n.parameter) for n in named_parameters(self.engine.module) if n.parameter.requires_grad)
+
+    def _weights(self) -> Tensors:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        return {name: full(p if (w := safe_get_full_fp32_param(p)) is None else w) for name, p in self._named()}
+
+    def tensors(self) -> tuple[Tensors, Tensors]:
+        from deepspeed.utils import safe_get_full_grad
+
+        self.before = self._weights()
+        grads = {name: safe_get_full_grad(p) for name, p in self._named()}
+        return self.before, {name: full(g) for name, g in grads.items() if g is not None}
+
+    def clip(self, config: AGCConfig) -> ClipStats:
+        from ..hooks import attach
+
+        self.hook = attach(self.engine, config=config)
+        self.engine.step()
+        return self.hook.stats
+
+    def clipped(self) -> Tensors:
+        after = self._weights()
+        return {name: (before - after[name]) / self.LR for name, before in self.before.items()}
+
+    def parts(self) -> list[Part]:
+        return list(self.hook.clipper._parts.values())
+
+    def measured(self, config: AGCConfig) -> int | None:
+        return None
+
+
+def _is_fsdp1(module: nn.Module) -> bool:
+    return any(kind.__name__ == "FullyShardedDataParallel" for kind in type(module).__mro__)
+
+
+def _flat_modules(model: nn.Module) -> list[nn.Module]:
+    return [m for m in model.modules() if _is_fsdp1(m) and getattr(m, "_handle", None) is not None]
+
+
+def _summoned(model: nn.Module) -> Any:
+    """FSDP1 with original parameters shows them whole, gradients too, inside of this context."""
+    import contextlib
+
+    flat: list[Any] = _flat_modules(model)
+    if not flat or not flat[0]._use_orig_params:
+        return contextlib.nullcontext()
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    return FullyShardedDataParallel.summon_full_params(model, writeback=False, with_grads=True)
+
+
+def _flat_tensors(model: nn.Module) -> tuple[Tensors, Tensors]:
+    """FSDP1 without original parameters: the flat tensors gathered, and cut where its metadata says."""
+    weights: Tensors = {}
+    grads: Tensors = {}
+    paths = {id(module): path for path, module in module_paths(model)}
+    modules: list[Any] = _flat_modules(model)
+    for module in modules:
+        flat, handle = module._handle.flat_param, module._handle
+        if flat._params is not None:
+            continue
+        for source, found in ((flat, weights), (flat.grad, grads)):
+            if source is None:
+                continue
+            whole = source.detach()
+            if handle.uses_sharded_strategy:
+                pieces = [torch.empty_like(whole) for _ in range(dist.get_world_size(handle.process_group))]
+                dist.all_gather(pieces, whole, group=handle.process_group)
+                whole = torch.cat(pieces)
+            cuts = [*flat._numels_with_padding, whole.numel() - sum(flat._numels_with_padding)]
+            parts = [p for p, pad in zip(whole.split(cuts), [*flat._is_padding_mask, True], strict=True) if not pad]
+            for info, shape, part in zip(flat._param_infos, flat._shapes, parts, strict=True):
+                path = paths[id(info.module)]
+                found[f"{path}.{info.param_name}" if path else info.param_name] = full(part.view(shape))
+    return weights, grads
+
+
+def _leaves(model: nn.Module) -> list[Tensor]:
+    """The tensors that an optimizer would hold."""
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def _noise_like(parameter: Tensor) -> Tensor:
+    """Noise with units large and small. Equal on ranks that hold the same, which only the layout itself can tell."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    generator = torch.Generator().manual_seed(parameter.numel())
+
+    def noise(shape: Iterable[int]) -> Tensor:
+        shape = tuple(shape)
+        spread = torch.randn(shape[:1] + (1,) * (len(shape) - 1), generator=generator).mul(2).exp()
+        return torch.randn(shape, generator=generator) * spread
+
+    if isinstance(parameter, DTensor):
+        mesh, device = parameter.device_mesh, parameter.device
+        return distribute_tensor(noise(parameter.shape).to(device, parameter.dtype), mesh, parameter.placements)
+    return noise(parameter.shape).to(parameter.device, parameter.dtype)

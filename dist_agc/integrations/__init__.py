@@ -1,0 +1,1 @@
+"""AGC inside other frameworks' training loops: one file each, which imports its framework only when it is used."""

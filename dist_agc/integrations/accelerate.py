@@ -1,0 +1,61 @@
+"""Adaptive gradient clipping with Accelerate, in one call for every backend.
+
+    from dist_agc.integrations.accelerate import attach
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    hook = attach(accelerator, model, optimizer, clipping_threshold=0.01, exclude=("head.*",))
+
+It is `dist_agc.attach` with what an Accelerator knows: ``dist_agc.attach(model, optimizer)`` does too.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from ..config import AGCConfig
+from ..hooks import AGCHook
+from ..hooks import attach as _attach
+from ._common import announce, missing
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+def attach(
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: Any = None,
+    config: AGCConfig | None = None,
+    **options: Any,
+) -> AGCHook:
+    """Clip inside every real optimizer step, under whatever Accelerate was configured for.
+
+    Accumulated gradients are clipped once, whole. Under DeepSpeed ``accelerator.backward()`` itself steps, so this
+    attaches to the engine, and the block ``"adaptive_gradient_clipping"`` of its config counts. Leave out
+    ``accelerator.clip_grad_norm_``: AGC takes its place. Logs which layout it found.
+
+    Args:
+        accelerator: the one that prepared the model.
+        model, optimizer: what ``accelerator.prepare`` returned; a list of optimizers is allowed.
+        config, options: as for `dist_agc.attach`.
+
+    Raises:
+        TypeError, ValueError: as `dist_agc.attach`; a model or an optimizer that was not prepared.
+        ImportError: accelerate is not installed.
+    """
+    try:
+        from accelerate import Accelerator
+        from accelerate.optimizer import AcceleratedOptimizer
+    except ImportError as error:
+        raise missing("accelerate", "accelerate", error) from error
+    if not isinstance(accelerator, Accelerator):
+        raise TypeError(f"expected an accelerate.Accelerator first, got {type(accelerator).__name__}.")
+    optimizers = optimizer if isinstance(optimizer, list | tuple) else [] if optimizer is None else [optimizer]
+    for one in optimizers:
+        if not isinstance(one, AcceleratedOptimizer):
+            raise ValueError(f"the {type(one).__name__} was not prepared: give what accelerator.prepare returned.")
+    hook = _attach(model, optimizer, config, **options)
+    announce(hook.clipper, sharding_asked=os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true")
+    return hook

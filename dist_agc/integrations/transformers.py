@@ -1,0 +1,146 @@
+"""Adaptive gradient clipping in the Hugging Face Trainer.
+
+from dist_agc.integrations.transformers import AGCCallback
+Trainer(..., callbacks=[AGCCallback(clipping_threshold=0.01, exclude=("lm_head.*",))])
+"""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+from ..config import AGCConfig
+from ..hooks import AGCHook, attach
+from ..stats import ClipStats
+from ._common import announce, logger, metrics, missing, warn_norm_clipping
+
+try:
+    from transformers import Trainer, TrainerCallback
+except ImportError as error:
+    raise missing("transformers", "transformers", error) from error
+
+_DEFAULT = 1.0  # of TrainingArguments.max_grad_norm; nothing tells it from a 1.0 that was asked for
+
+
+class AGCCallback(TrainerCallback):
+    """Clips inside every real optimizer step of a `Trainer`: plain, DDP, FSDP and DeepSpeed alike.
+
+    At the beginning of training it attaches to the optimizer, or to the DeepSpeed engine, logs which layout it found,
+    and from then on adds ``agc/...`` to the Trainer's logs, for every logger that the Trainer reports to.
+
+    ``max_grad_norm`` clips by the global norm, before AGC, and is 1.0 unless said otherwise. AGC takes its place.
+
+    Args:
+        config: an `AGCConfig`; or give its fields as keywords. Under DeepSpeed, give neither to use the block
+            ``"adaptive_gradient_clipping"`` of the DeepSpeed config.
+        norm_clipping: None switches off a ``max_grad_norm`` at its default of 1.0 and warns of any other. True keeps
+            it, False switches it off, both without a warning.
+        per_parameter_every: log statistics per parameter every so many steps; 0 for never.
+
+    Raises:
+        TypeError, ValueError: as `dist_agc.attach`, when training begins.
+        ImportError: transformers is not installed.
+    """
+
+    def __init__(
+        self,
+        config: AGCConfig | None = None,
+        *,
+        norm_clipping: bool | None = None,
+        per_parameter_every: int = 0,
+        **options: Any,
+    ) -> None:
+        # Checked now and not only when training begins, hours later perhaps.
+        self.config = AGCConfig.of(config, options) if config is not None or options else None
+        self.norm_clipping = norm_clipping
+        self.per_parameter_every = per_parameter_every
+        self.hook: AGCHook | None = None
+        self._norm_clipping_settled = False
+
+    @property
+    def stats(self) -> ClipStats | None:
+        """The statistics of the last step; None before the first."""
+        return None if self.hook is None else self.hook.stats
+
+    def on_init_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._settle_norm_clipping(args, state)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        trainer = self._trainer()
+        self._settle_norm_clipping(args, state)
+        # Loggers are callbacks too and come first by default: agc/... must be in the logs before they see them.
+        callbacks = trainer.callback_handler.callbacks
+        callbacks.remove(self)
+        callbacks.insert(0, self)
+        self._remove()
+        model: Any = trainer.model_wrapped
+        if trainer.is_deepspeed_enabled:
+            self.hook = attach(model, config=self.config)
+        elif args.deepspeed:
+            raise ValueError(
+                "TrainingArguments has a DeepSpeed config, but the Trainer runs without DeepSpeed (it does so with "
+                "use_cpu=True), and nothing would read the config's settings: mend that, or leave out deepspeed=..."
+            )
+        else:
+            optimizer: Any = trainer.optimizer
+            self.hook = attach(model, optimizer, self.config)
+        announce(self.hook.clipper, sharding_asked=trainer.is_fsdp_enabled or bool(args.fsdp))
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        if logs is None or "loss" not in logs:  # the logs of an evaluation, the summary at the end
+            return
+        values = metrics(self.stats, state.global_step, self.per_parameter_every)
+        logs.update(values)
+        state.log_history[-1].update(values)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._remove()
+
+    def _remove(self) -> None:
+        if self.hook is not None:
+            self.hook.remove()
+
+    def _trainer(self) -> Trainer:
+        """The Trainer that runs this callback: callbacks are not told, and only it has the engine and the wrapped
+        model."""
+        for found in gc.get_objects():
+            if issubclass(type(found), Trainer) and _runs(found, self):
+                return found
+        raise RuntimeError("AGCCallback runs under transformers.Trainer alone: Trainer(callbacks=[AGCCallback(...)]).")
+
+    def _settle_norm_clipping(self, args: Any, state: Any) -> None:
+        if self._norm_clipping_settled:
+            return
+        self._norm_clipping_settled = True
+        asked = args.max_grad_norm
+        if self.norm_clipping or asked <= 0:
+            return
+        speak = self.norm_clipping is None and state.is_world_process_zero
+        if self.norm_clipping is None and (asked != _DEFAULT or _said(args.deepspeed)):
+            if speak:
+                warn_norm_clipping("max_grad_norm", asked, "set it to 0, or give AGCCallback(norm_clipping=True)")
+            return
+        # The Trainer insists that the two are equal, so both change. The engine is made later.
+        args.max_grad_norm = 0.0
+        plugin = getattr(args, "deepspeed_plugin", None)
+        if plugin is not None:
+            plugin.hf_ds_config.config["gradient_clipping"] = 0.0
+        if speak:
+            logger.warning(
+                "AGCCallback switched off max_grad_norm, which was at its default of 1.0: AGC takes the place of norm "
+                "clipping. AGCCallback(norm_clipping=True) keeps it; max_grad_norm=0 says the same without this line."
+            )
+
+
+def _runs(trainer: Trainer, callback: TrainerCallback) -> bool:
+    handler = getattr(trainer, "callback_handler", None)
+    return handler is not None and any(other is callback for other in handler.callbacks)
+
+
+def _said(deepspeed: Any) -> bool:
+    """Whether the user's DeepSpeed config, a dict or a file, has a number for gradient_clipping."""
+    if not deepspeed:
+        return False
+    from accelerate.utils.deepspeed import HfDeepSpeedConfig
+
+    return isinstance(HfDeepSpeedConfig(deepspeed).get_value("gradient_clipping"), float | int)

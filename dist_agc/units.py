@@ -1,0 +1,120 @@
+"""What a unit is: which dims of a parameter number its units, by module type or by override."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from .config import AGCConfig
+from .names import Named, matching
+
+
+@dataclass(frozen=True)
+class UnitRule:
+    """The units of one parameter.
+
+    ``shape`` is the parameter's global shape, but for a grouped ConvTranspose, whose dim 0 is seen as
+    (groups, in / groups). ``kept`` are the dims of ``shape`` that number the units; a norm sums over all others.
+
+    The canonical form is (batch, outer, units, inner): a unit is one (batch, unit) pair.
+
+    Example:
+        >>> UnitRule((8, 3, 5, 5), (0,)).canonical     # Conv2d: one unit per output channel
+        (1, 1, 8, 75)
+        >>> UnitRule((2, 3, 4, 5), (0, 2)).canonical   # ConvTranspose1d(6, 8, 5, groups=2)
+        (2, 3, 4, 5)
+        >>> UnitRule((7,), ()).canonical               # a bias: one unit
+        (1, 1, 1, 7)
+    """
+
+    shape: tuple[int, ...]
+    kept: tuple[int, ...]
+    grouped: bool = False
+
+    def __post_init__(self) -> None:
+        kept, ndim = self.kept, len(self.shape)
+        leading = self._leading()
+        run = kept[leading:]
+        valid = tuple(sorted(set(kept))) == kept and all(0 <= d < ndim for d in kept)
+        if not valid or (run and run != tuple(range(run[0], run[0] + len(run)))):
+            raise ValueError(
+                f"the dims {kept} cannot number the units of a tensor of shape {self.shape}: they must be leading "
+                f"dims, then at most one run of neighbours, each below {ndim}."
+            )
+
+    def _leading(self) -> int:
+        return next((i for i, d in enumerate(self.kept) if d != i), len(self.kept))
+
+    @property
+    def count(self) -> int:
+        """How many units the whole parameter has. A tensor without elements has none, whatever its shape."""
+        return math.prod(self.shape[d] for d in self.kept) if math.prod(self.shape) else 0
+
+    @property
+    def reduced(self) -> tuple[int, ...]:
+        """The dims that a norm sums over."""
+        return tuple(d for d in range(len(self.shape)) if d not in self.kept)
+
+    @property
+    def canonical(self) -> tuple[int, int, int, int]:
+        """Sizes (batch, outer, units, inner), whose product is the number of elements."""
+        shape, leading = self.shape, self._leading()
+        run = self.kept[leading:]
+        if not run:  # leading dims alone: rows, without batch and outer
+            return 1, 1, math.prod(shape[:leading]), math.prod(shape[leading:])
+        return (
+            math.prod(shape[:leading]),
+            math.prod(shape[leading : run[0]]),
+            math.prod(shape[run[0] : run[-1] + 1]),
+            math.prod(shape[run[-1] + 1 :]),
+        )
+
+
+def default_rule(shape: Sequence[int], module: nn.Module | None) -> UnitRule:
+    """The rule that a parameter of this shape has in a module of this type."""
+    shape = tuple(shape)
+    if len(shape) <= 1:
+        return UnitRule(shape, ())
+    if isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
+        if module.groups > 1:
+            return UnitRule((module.groups, shape[0] // module.groups, *shape[1:]), (0, 2), grouped=True)
+        return UnitRule(shape, (1,))
+    # Looked up instead of imported: where a model has this module, transformers is loaded already.
+    conv1d = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
+    if conv1d is not None and isinstance(module, conv1d):
+        return UnitRule(shape, (1,))
+    return UnitRule(shape, (0,))
+
+
+def _override(shape: tuple[int, ...], dims: tuple[int, ...], name: str, pattern: str) -> UnitRule:
+    ndim = len(shape)
+    if any(not -ndim <= d < ndim for d in dims):
+        raise ValueError(f"units[{pattern!r}] = {dims}: parameter {name!r} of shape {shape} has no such dim.")
+    try:
+        return UnitRule(shape, tuple(sorted({d % ndim for d in dims})))
+    except ValueError as error:
+        raise ValueError(f"units[{pattern!r}], parameter {name!r}: {error}") from None
+
+
+def unit_rules(named: Sequence[Named], shapes: Sequence[tuple[int, ...]], config: AGCConfig) -> list[UnitRule | None]:
+    """One rule per parameter, in order; None where ``config.exclude`` leaves the parameter alone.
+
+    Raises:
+        ValueError: a pattern matches nothing, or an override does not fit the parameter's shape.
+    """
+    names = [entry.names for entry in named]
+    if config.units == "leading":
+        rules = [UnitRule(shape, (0,) if len(shape) > 1 else ()) for shape in shapes]
+    else:
+        rules = [default_rule(shape, entry.module) for shape, entry in zip(shapes, named, strict=True)]
+    if isinstance(config.units, dict):
+        for pattern, dims in config.units.items():
+            assert isinstance(dims, tuple)  # AGCConfig made it one
+            for i in matching(pattern, names, "units"):
+                rules[i] = _override(shapes[i], dims, named[i].name, pattern)
+    excluded = {i for pattern in config.exclude for i in matching(pattern, names, "exclude")}
+    return [None if i in excluded else rule for i, rule in enumerate(rules)]

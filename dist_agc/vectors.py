@@ -1,0 +1,292 @@
+"""The vectors of all units of one plan, and the arithmetic on them.
+
+Every unit's norms live in one vector for all parameters, so that what happens between the norms and the scaling is a
+handful of operations a call and not a handful a parameter. Nothing here waits for an accelerator.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .config import AGCConfig
+from .fragments import Block
+from .norms import coefficients, is_small, scale_, scale_rows_, unit_norms_
+from .plan import STATISTICS, Plan, Stage
+from .reduce import all_reduce
+from .stats import ClipStats
+
+# Writing single rows costs about eight times as much an element as multiplying all of them (measured: 4 to 11).
+_FEW = 8
+
+
+class Vectors:
+    """Tensors of one plan, on one device, kept from call to call.
+
+    ``weights``: the local tensors of ``plan.fragments``. Only their shapes and kinds are read here.
+    """
+
+    def __init__(self, plan: Plan, config: AGCConfig, weights: Sequence[Tensor]) -> None:
+        self.plan, self.config = plan, config
+        self.device = weights[0].device if weights else torch.device("cpu")
+        double = any(w.dtype in (torch.float64, torch.complex128) for w in weights)
+        self.dtype = torch.float64 if double else torch.float32
+        units, governed = plan.local_units, len(plan.governed)
+        # Behind the units come excluded parameters, whose gradients are measured for the global norm.
+        blocks = plan.blocks + [b for f in plan.fragments[governed:] for b in f.pieces.blocks]
+        owners = plan.owners + [i for i, f in enumerate(plan.fragments) if i >= governed for _ in f.pieces.blocks]
+        offsets = plan.offsets + [units + i + 1 for i in range(len(blocks) - len(plan.blocks))]
+        self._weights, self._grads = self._zeros(offsets[-1]), self._zeros(offsets[-1])
+        self.weight, self.grad, self.excluded = self._weights[:units], self._grads[:units], self._grads[units:]
+        self.coefficient = self._zeros(units)
+        self.bad: Tensor | None = None  # units whose gradient is not finite
+        # Blocks of one unit, biases and gains above all, are measured together.
+        together = [w.device == self.device and not w.is_complex() for w in weights]
+        single = [
+            b.units == 1 and together[i] and is_small(b.part(weights[i])) for b, i in zip(blocks, owners, strict=True)
+        ]
+        self.single = [(i, b) for b, i, alone in zip(blocks, owners, single, strict=True) if alone]
+        self.single_at = self._integers([at for at, alone in zip(offsets, single, strict=False) if alone])
+        self.several = [
+            (i, b, (self._weights[at:end].view(b.kept), self._grads[at:end].view(b.kept)))
+            for b, i, at, end, alone in zip(blocks, owners, offsets, offsets[1:], single, strict=False)
+            if not alone
+        ]
+        self.nothing = self._zeros(1)
+        spans = zip(plan.offsets, plan.offsets[1:], plan.blocks, strict=False)
+        self.factors = [self.coefficient[a:b].view(_broadcast(block)) for a, b, block in spans]
+        self.offsets = self._integers(plan.offsets)
+        self.per_fragment = _Segments(self._integers(plan.units_per_fragment()), units)
+        self.split = plan.split.to(self.device)
+        self.stages = [_BoundStage(stage, self.device, len(plan.fragments)) for stage in plan.stages]
+        self.units = {f.name: f.rule.count for f in plan.governed if f.rule is not None}
+        self.asked: list[float] | None = None
+        self.thresholds: Tensor | float = math.inf
+
+    def _zeros(self, size: int) -> Tensor:
+        return torch.zeros(size, dtype=self.dtype, device=self.device)
+
+    def _integers(self, values: Sequence[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self.device)
+
+    def set_thresholds(self, asked: list[float]) -> None:
+        """Thresholds by governed fragment, spread over units only where they differ."""
+        if asked == self.asked:
+            return
+        self.asked = asked
+        if len(set(asked)) <= 1:
+            self.thresholds = asked[0] if asked else math.inf
+            for stage in self.stages:
+                stage.thresholds = self.thresholds
+            return
+        values = torch.tensor(asked, dtype=self.dtype, device=self.device)
+        self.thresholds = self.per_fragment.spread(values)
+        for stage in self.stages:
+            stage.thresholds = stage.owners.spread(values[stage.owner])
+
+    def measure(
+        self, weights: Sequence[Tensor] | None, grads: Sequence[Tensor | None], grad_scale: Tensor | float | None
+    ) -> None:
+        """Fill the vectors of local norms: each weight (unless it is None: reused) and each gradient is read once."""
+        if weights is not None:
+            self._norms([w if i < len(self.plan.governed) else None for i, w in enumerate(weights)], self._weights, 0)
+        if any(g is None for g in grads):
+            self._grads.zero_()
+        self._norms(grads, self._grads, 1)
+        if grad_scale is not None:
+            self._grads.div_(grad_scale)
+
+    def _norms(self, tensors: Sequence[Tensor | None], vector: Tensor, which: int) -> None:
+        if self.single:
+            parts = [self.nothing if (t := tensors[i]) is None else block.part(_dense(t)) for i, block in self.single]
+            norms = torch._foreach_norm(parts, 2, self.dtype)  # pyright: ignore[reportPrivateImportUsage]
+            vector.index_copy_(0, self.single_at, torch.stack(norms))
+        for i, block, outs in self.several:
+            tensor = tensors[i]
+            if tensor is None:
+                continue
+            if tensor.is_sparse:
+                self._sparse_norms(tensor.coalesce(), block, outs[which])
+            else:
+                unit_norms_(block.view(tensor), block.reduced, outs[which])
+
+    def _sparse_norms(self, grad: Tensor, block: Block, out: Tensor) -> None:
+        values = grad.values()
+        if not block.kept:
+            unit_norms_(values.flatten(), (0,), out)
+            return
+        norms = self._zeros(len(values))
+        unit_norms_(values, block.reduced, norms)
+        out.zero_().index_copy_(0, grad.indices()[0], norms)
+
+    def judge(self, fresh: bool) -> ClipStats | None:
+        """Complete the sums over ranks and fill the coefficients; statistics on the way."""
+        coefficient, ratio, finite = coefficients(self.weight, self.grad, self.thresholds, self.config.eps)
+        sums = top = None
+        if self.config.statistics:
+            none = self.excluded.new_zeros(len(self.excluded), dtype=torch.float64)
+            others = torch.stack([none, none, self.excluded.double().square()], 1)
+            sums = torch.cat([_sums(coefficient, finite, self.grad, self.split, self.per_fragment), others])
+            top = _largest(ratio, self.split)
+        for stage in self.stages:
+            sums, top = self._reduce(stage, fresh, coefficient, finite, sums, top)
+        self.coefficient.copy_(coefficient)
+        self.bad = ~finite
+        return None if sums is None or top is None else ClipStats(self.units, sums, top)
+
+    def _reduce(
+        self,
+        bound: _BoundStage,
+        fresh: bool,
+        coefficient: Tensor,
+        finite: Tensor,
+        sums: Tensor | None,
+        top: Tensor | None,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """One all-reduce: sends pieces of units and the statistics of whole ones, completes both."""
+        stage, slots = bound.stage, bound.stage.slots
+        buffer = self._zeros(stage.numel(weights=fresh))
+        weight, grad, rest = buffer.split([slots if fresh else 0, slots, len(buffer) - slots * (2 if fresh else 1)])
+        grad.index_add_(0, bound.slot, self.grad[bound.local].square_())
+        if fresh:
+            weight.index_add_(0, bound.slot, self.weight[bound.local].square_())
+        if sums is not None and top is not None:
+            rest[: STATISTICS * len(stage.reported)] = sums[bound.reported].flatten()
+            rest[STATISTICS * len(stage.reported) + stage.axis.rank] = top
+        weight, grad, rest = all_reduce(buffer, stage.axis).split([len(weight), slots, len(rest)])
+        if sums is not None and top is not None:
+            sums[bound.reported] = rest[: STATISTICS * len(stage.reported)].view(-1, STATISTICS).to(sums.dtype)
+            top = rest[STATISTICS * len(stage.reported) :].amax()
+        if not slots:
+            return sums, top
+        if fresh:
+            bound.weight = weight.sqrt()
+        grad = grad.sqrt()
+        factor, ratio, whole = coefficients(bound.weight, grad, bound.thresholds, self.config.eps)
+        coefficient[bound.local] = factor[bound.slot]
+        finite[bound.local] = whole[bound.slot]
+        if len(stage.passing):
+            self.grad[bound.local] = grad[bound.slot]
+            self.weight[bound.local] = bound.weight[bound.slot]
+        if sums is not None and top is not None:
+            sums.index_add_(0, bound.owner, _sums(factor, whole, grad, bound.passing, bound.owners))
+            top = torch.maximum(top, _largest(ratio, bound.passing))
+        return sums, top
+
+    def scale(self, grads: Sequence[Tensor | None]) -> None:
+        """Multiply gradients by their coefficients, in place; on CPU only where there is something to do."""
+        assert self.bad is not None
+        on_cpu, zero = self.device.type == "cpu", self.config.on_nonfinite == "zero"
+        clipped = _counts(self.coefficient < 1, self.offsets).tolist() if on_cpu else None
+        bad = _counts(self.bad, self.offsets).tolist() if on_cpu and zero else None
+        views, factors = [], []
+        for at, owner in enumerate(self.plan.owners):
+            grad, block, factor = grads[owner], self.plan.blocks[at], self.factors[at]
+            if grad is None or (clipped is not None and not clipped[at] and not (bad and bad[at])):
+                continue
+            if grad.is_sparse:
+                self._scale_sparse(grad, at)
+                continue
+            view = block.view(grad)
+            if clipped is None:
+                views.append(view)
+                factors.append(factor if grad.device == self.device else factor.to(grad.device))
+            elif 0 < _FEW * clipped[at] < block.units and (dim := _row_dim(block, view)) is not None:
+                scale_rows_(view, factor, dim, torch.nonzero(factor.flatten() < 1).flatten())
+            elif clipped[at]:
+                scale_(view, factor)
+            if zero and (bad is None or bad[at]):
+                view.masked_fill_(self._bad(at).to(view.device), 0)
+        if views:
+            torch._foreach_mul_(views, factors)  # pyright: ignore[reportPrivateImportUsage]
+
+    def _scale_sparse(self, grad: Tensor, at: int) -> None:
+        # Scaling is linear, so the entries of a gradient that is not coalesced can be scaled one by one.
+        values, rows = grad._values(), grad._indices()[0]
+        shape = (-1, *[1] * (values.ndim - 1))
+        values.mul_(self.factors[at].flatten()[rows].view(shape))
+        if self.config.on_nonfinite == "zero":
+            values.masked_fill_(self._bad(at).flatten()[rows].view(shape), 0)
+
+    def _bad(self, at: int) -> Tensor:
+        assert self.bad is not None
+        return self.bad[self.plan.offsets[at] : self.plan.offsets[at + 1]].view(self.factors[at].shape)
+
+
+class _Segments:
+    """A vector cut into neighbouring segments."""
+
+    def __init__(self, lengths: Tensor, size: int) -> None:
+        self.lengths, self.size = lengths, size
+        self.offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+
+    def spread(self, values: Tensor) -> Tensor:
+        return values.repeat_interleave(self.lengths, output_size=self.size)
+
+
+class _BoundStage:
+    """A stage's index tensors on the device, and the weight norms of its split units."""
+
+    def __init__(self, stage: Stage, device: torch.device, fragments: int) -> None:
+        self.stage = stage
+        self.local, self.slot, self.passing = (t.to(device) for t in (stage.local, stage.slot, stage.passing))
+        self.owner = torch.tensor([i for i, _ in stage.owners], dtype=torch.int64, device=device)
+        lengths = torch.tensor([n for _, n in stage.owners], dtype=torch.int64, device=device)
+        self.owners = _Segments(lengths, stage.slots)
+        everything = stage.reported == tuple(range(fragments))
+        self.reported: Any = (
+            slice(None) if everything else torch.tensor(stage.reported, dtype=torch.int64, device=device)
+        )
+        self.thresholds: Tensor | float = math.inf
+        self.weight = torch.empty(0, device=device)
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    return tensor.coalesce().values() if tensor.is_sparse else tensor
+
+
+def _broadcast(block: Block) -> tuple[int, ...]:
+    kept = iter(block.kept)
+    ndim = len(block.kept) + len(block.reduced)
+    return tuple(1 if d in block.reduced else next(kept) for d in range(ndim))
+
+
+def _row_dim(block: Block, view: Tensor) -> int | None:
+    """The dim whose slices are units that lie apart in memory, so that single ones can be written; None without."""
+    dims = [d for d in range(view.ndim) if d not in block.reduced and view.shape[d] > 1]
+    if len(dims) != 1 or view.stride(dims[0]) < max(view.stride(), default=0):
+        return None
+    return dims[0]
+
+
+def _sums(coefficient: Tensor, finite: Tensor, grad: Tensor, without: Tensor, segments: _Segments) -> Tensor:
+    """(segments, 3): clipped units, units that are not finite, squared gradient; leaving out the units ``without``.
+
+    float64, since counts and squares are added up in it. The columns are made one by one: that is six times as fast.
+    """
+    # Not square_(): double() of a float64 model's norms is those norms themselves, which are still to be reduced.
+    clipped, bad, square = coefficient < 1, ~finite, grad.double().square()
+    if len(without):
+        for column in (clipped, bad, square):
+            column.index_fill_(0, without, 0)
+    # unsafe: the lengths follow from the plan, and checking them would wait for the device.
+    squares = torch.segment_reduce(square, "sum", lengths=segments.lengths, unsafe=True, initial=0)
+    counts = [_counts(mask, segments.offsets).double() for mask in (clipped, bad)]
+    return torch.stack([*counts, squares], dim=1)
+
+
+def _counts(mask: Tensor, offsets: Tensor) -> Tensor:
+    """How many are true between one offset and the next."""
+    before = torch.zeros(len(mask) + 1, dtype=torch.int32, device=mask.device)
+    torch.cumsum(mask, 0, dtype=torch.int32, out=before[1:])
+    return before[offsets].diff()
+
+
+def _largest(ratio: Tensor, without: Tensor) -> Tensor:
+    if not len(ratio):
+        return ratio.new_zeros(())
+    return (ratio.index_fill(0, without, 0) if len(without) else ratio).amax()

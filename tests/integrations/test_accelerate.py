@@ -1,0 +1,107 @@
+"""Plain Accelerate: prepared models and optimizers, against the oracle."""
+
+import contextlib
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import workload
+
+pytest.importorskip("accelerate", reason="needs pip install 'dist-agc[accelerate]'")
+
+
+def train(how: str, folder: str) -> None:
+    import accelerate
+
+    import dist_agc
+    from dist_agc.integrations.accelerate import attach
+
+    logging.basicConfig(level=logging.WARNING)
+    logging.getLogger("dist_agc").setLevel(logging.INFO)
+    zero = how.startswith("zero")
+    micro_batches = 2 if how.endswith("accumulate") else 1
+    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    more: dict[str, Any] = {"cpu": True}
+    if how == "fsdp":
+        more["fsdp_plugin"] = accelerate.FullyShardedDataParallelPlugin(fsdp_version=2)
+        os.environ["ACCELERATE_USE_FSDP"] = "true"
+    if zero:
+        workload.quiet_deepspeed()
+        plugin = accelerate.DeepSpeedPlugin(
+            hf_ds_config={
+                "train_micro_batch_size_per_gpu": workload.SAMPLES // ranks // micro_batches,
+                "gradient_accumulation_steps": micro_batches,
+                "gradient_clipping": 0.0,
+                "zero_optimization": {"stage": int(how[4])},
+                "zero_allow_untested_optimizer": True,
+                "adaptive_gradient_clipping": {"clipping_threshold": workload.THRESHOLD, "exclude": [workload.EXCLUDE]},
+            }
+        )
+        more = {"deepspeed_plugin": plugin}
+    accelerator = accelerate.Accelerator(gradient_accumulation_steps=micro_batches, **more)
+    net = workload.model()
+    optimizer: Any = torch.optim.SGD(net.parameters(), lr=workload.LR, momentum=workload.MOMENTUM)
+    model, optimizer = accelerator.prepare(net, optimizer)
+    options = {} if zero else {"clipping_threshold": workload.THRESHOLD, "exclude": workload.EXCLUDE}
+    if how == "bare":
+        hook = dist_agc.attach(model, optimizer, **options)
+    else:
+        hook = attach(accelerator, model, optimizer, **options)
+    x, labels = workload.my_share(rank, ranks)
+    steps = []
+    for _ in range(workload.STEPS):
+        for part, y in zip(x.chunk(micro_batches), labels.chunk(micro_batches), strict=True):
+            with accelerator.accumulate(model) if micro_batches > 1 else contextlib.nullcontext():
+                accelerator.backward(model(part, y)["loss"])
+                optimizer.step()
+                optimizer.zero_grad()
+        steps.append(workload.record(hook.stats))
+    if rank == 0:
+        workload.save(folder, steps, dict(net.named_parameters()))
+
+
+@pytest.mark.parametrize(
+    ("how", "ranks", "layout"),
+    [
+        ("plain", 1, "whole on every rank"),
+        ("bare", 1, ""),
+        ("accumulate", 1, "whole on every rank"),
+        ("ddp", 2, "whole on every rank"),
+        ("ddp-accumulate", 2, "whole on every rank"),
+        ("zero2", 2, "DeepSpeed"),
+        ("zero1-accumulate", 2, "DeepSpeed"),
+    ],
+)
+def test_same_units_and_weights_as_the_oracle(how: str, ranks: int, layout: str, tmp_path: Path) -> None:
+    if layout == "DeepSpeed":
+        pytest.importorskip("deepspeed", reason="needs pip install 'dist-agc[deepspeed]'")
+    found = workload.run(__file__, tmp_path, how, ranks=ranks)
+    workload.assert_as_oracle(found)
+    assert layout in found["log"]
+
+
+def test_fallback_from_fsdp_to_ddp_is_said(tmp_path: Path) -> None:
+    found = workload.run(__file__, tmp_path, "fsdp", ranks=2)
+    workload.assert_as_oracle(found)
+    assert "FSDP was asked for, but every parameter is whole on every rank" in found["log"]
+
+
+def test_what_was_not_prepared_is_refused() -> None:
+    import accelerate
+
+    from dist_agc.integrations.accelerate import attach
+
+    net = workload.model()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    with pytest.raises(TypeError, match="Accelerator first, got Net"):
+        attach(net, optimizer)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="SGD was not prepared"):
+        attach(accelerate.Accelerator(cpu=True), net, optimizer)
+
+
+if __name__ == "__main__":
+    train(sys.argv[2], sys.argv[1])

@@ -1,0 +1,139 @@
+"""What every framework's test trains, how it starts processes, and what the oracle makes of the same training.
+
+The whole data set is one batch, so the order in which a framework deals it out does not matter.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import oracle
+
+ROOT = Path(__file__).parents[2]
+SAMPLES, FEATURES, CLASSES = 24, 6, 3
+STEPS, LR, MOMENTUM = 5, 0.3, 0.9
+THRESHOLD, EXCLUDE = 0.15, "head.*"
+
+
+class Net(nn.Module):
+    """Returns the loss when it is given labels, as Hugging Face models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(FEATURES, 13)  # no number of ranks divides 13 or 7
+        self.second = nn.Linear(13, 7)
+        self.norm = nn.LayerNorm(7)
+        self.head = nn.Linear(7, CLASSES)
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Any:
+        logits = self.head(self.norm(torch.tanh(self.second(torch.tanh(self.first(x))))))
+        return logits if labels is None else {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+
+def model() -> Net:
+    torch.manual_seed(1)
+    return Net()
+
+
+def data() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(SAMPLES, FEATURES, generator=generator)
+    # Features of very different size, so that some units' gradients are large and some are small.
+    x *= torch.logspace(-1, 0.7, FEATURES)
+    return x, torch.randint(CLASSES, (SAMPLES,), generator=generator)
+
+
+def my_share(rank: int = 0, ranks: int = 1) -> tuple[Tensor, Tensor]:
+    """This rank's samples, equally many on each."""
+    x, labels = data()
+    return x[rank::ranks], labels[rank::ranks]
+
+
+def dataset(rank: int = 0, ranks: int = 1) -> list[dict[str, Tensor]]:
+    return [{"x": x, "labels": label} for x, label in zip(*my_share(rank, ranks), strict=True)]
+
+
+def reference(
+    threshold: float = THRESHOLD, *, steps: int = STEPS, eps: float = 1e-3
+) -> tuple[list[oracle.Reference], dict[str, Tensor]]:
+    """The oracle's statistics of every step and its weights after the last."""
+    net = model().double()
+    x, labels = data()
+    references = oracle.train(
+        net,
+        [(x.double(), labels)] * steps,
+        lambda m, x, y: m(x, y)["loss"],
+        oracle.unit_rules(net),
+        threshold,
+        lr=LR,
+        momentum=MOMENTUM,
+        eps=eps,
+        exclude=("head.weight", "head.bias"),
+    )
+    return references, {name: p.detach() for name, p in net.named_parameters()}
+
+
+def quiet_deepspeed() -> None:
+    """DeepSpeed would compile an operator for inference on first use; a build cut short blocks every later one."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def record(stats: Any) -> dict[str, Any]:
+    """What a run tells of one step."""
+    return {
+        "units": stats.units,
+        "grad_norm": float(stats.grad_norm),
+        "clipped": {name: int(of.clipped_units) for name, of in stats.per_parameter.items()},
+    }
+
+
+def save(folder: str, steps: list[dict[str, Any]], weights: dict[str, Tensor], **more: Any) -> None:
+    """Leave what a run did for the test that started it; call it on rank 0."""
+    torch.save({name: w.detach().cpu() for name, w in weights.items()}, Path(folder, "weights.pt"))
+    Path(folder, "run.json").write_text(json.dumps({"steps": steps, **more}))
+
+
+def run(script: str, folder: Path, *arguments: str, ranks: int = 1, python: str = sys.executable) -> dict[str, Any]:
+    """Run a script in processes of its own, which get ``folder`` and the arguments, and read what it left."""
+    torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--rdzv-backend=c10d"]
+    torchrun += ["--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"]
+    ours = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "OMP_NUM_THREADS": "1"}
+    offline = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "WANDB_MODE": "offline"}
+    result = subprocess.run(
+        [python, *(torchrun if ranks > 1 else []), script, str(folder), *arguments],
+        cwd=folder,
+        env=os.environ | ours | offline | {"GLOO_SOCKET_IFNAME": "lo"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    log = result.stdout + result.stderr
+    assert result.returncode == 0, f"exit code {result.returncode}\n{log[-12000:]}"
+    return {**json.loads((folder / "run.json").read_text()), "weights": torch.load(folder / "weights.pt"), "log": log}
+
+
+def assert_as_oracle(found: dict[str, Any], *, tolerance: float = 2e-5, **settings: Any) -> None:
+    """The same units clipped in the same parameters at every step, and the same weights after the last."""
+    references, weights = reference(**settings)
+    for reference_ in references:
+        assert 0 < reference_.clipped_units < reference_.units
+    assert [step["clipped"] for step in found["steps"]] == [
+        {name: of.clipped_units for name, of in r.per_parameter.items()} for r in references
+    ]
+    assert [step["units"] for step in found["steps"]] == [r.units for r in references]
+    for step, r in zip(found["steps"], references, strict=True):
+        assert abs(step["grad_norm"] / r.grad_norm - 1) < tolerance
+    assert set(found["weights"]) == set(weights)
+    for name, weight in weights.items():
+        error = float((found["weights"][name].detach().double() - weight).norm() / weight.norm())
+        assert error < tolerance, f"{name} is off by {error:.3g}"

@@ -1,0 +1,111 @@
+"""The planner without ranks plans what the ranks themselves plan."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+import dist_agc
+from dist_agc.fragments import Fragment
+from dist_agc.layouts import make_fragments, place, virtual
+from dist_agc.plan import Plan
+
+pytestmark = [
+    pytest.mark.mpi(min_size=2),
+    pytest.mark.filterwarnings("ignore:FSDP"),
+    pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning"),
+]
+
+CPU = torch.device("cpu")
+CONFIG = dist_agc.AGCConfig(exclude=("head.bias",))
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(13)
+        self.q_proj = nn.Linear(13, 8)
+        self.o_proj = nn.Linear(8, 13)
+        self.conv = nn.ConvTranspose1d(6, 4, 3, groups=2)
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 13)
+        self.layers = nn.ModuleList(Block() for _ in range(2))
+        self.head = nn.Linear(13, 5)
+
+
+def described(fragments: Sequence[Fragment]) -> list[Any]:
+    """All of a plan that decides what is sent and what is scaled, in numbers."""
+
+    def numbers(*tensors: Tensor) -> list[Any]:
+        return [t.tolist() for t in tensors]
+
+    # FSDP1 orders its flat parameters its own way; slots follow the order, so both get the same.
+    plan = Plan(sorted(fragments, key=lambda f: f.name))
+    stages = [
+        (
+            tuple(s.axis.ranks),
+            s.axis.rank,
+            s.slots,
+            s.owners,
+            s.reported,
+            s.numel(),
+            *numbers(s.local, s.slot, s.passing),
+        )
+        for s in plan.stages
+    ]
+    return [[f.name for f in plan.fragments], plan.blocks, plan.owners, plan.offsets, plan.units, stages]
+
+
+def check(world: Any, model: nn.Module, layout: str, **sizes: int) -> None:
+    with torch.device("meta"):
+        shapes = Model()
+    expected = virtual.place(shapes, layout, virtual.World(world.size, world.rank, **sizes))
+    real = described(make_fragments(place(model), CONFIG))
+    planned = described(make_fragments(expected, CONFIG))
+    world.check(real == planned, f"{layout}: real {real}, planned {planned}")
+    slots = sum(stage[2] for stage in real[-1])
+    world.check(slots > 0, "nothing is split, so the case shows nothing")
+
+
+def test_fsdp1(world: Any) -> None:
+    model = Model()
+    for i in range(2):
+        model.layers[i] = FSDP(model.layers[i], use_orig_params=True, device_id=CPU)
+    check(world, FSDP(model, use_orig_params=True, device_id=CPU), "fsdp1")
+
+
+def fsdp2(mesh: DeviceMesh, model: nn.Module | None = None) -> nn.Module:
+    model = model or Model()
+    for layer in model.layers:  # pyright: ignore[reportGeneralTypeIssues]
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
+
+
+def test_fsdp2(world: Any) -> None:
+    check(world, fsdp2(world.mesh()), "fsdp2")
+
+
+@pytest.mark.mpi(min_size=4)
+def test_hsdp(world: Any) -> None:
+    check(world, fsdp2(world.mesh((2, 2), ("replicate", "shard"))), "hsdp", shard=2)
+
+
+def test_tensor_parallel_and_fsdp2(world: Any) -> None:
+    tensor = 2 if world.size % 2 == 0 else world.size
+    mesh = world.mesh((world.size // tensor, tensor), ("dp", "tp"))
+    model = Model()
+    for layer in model.layers:
+        assert isinstance(layer, nn.Module)
+        parallelize_module(layer, mesh["tp"], {"q_proj": ColwiseParallel(), "o_proj": RowwiseParallel()})
+    check(world, fsdp2(mesh["dp"], model), "tp+fsdp2", tensor=tensor)

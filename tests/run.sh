@@ -1,0 +1,125 @@
+#!/usr/bin/env bash
+# The whole check, as CI runs it. See --help.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+usage() {
+  cat <<'END'
+bash tests/run.sh [STAGE ...] [-- PYTEST ARGUMENTS]
+
+Makes the environment if it is missing, runs the stages named (by default all but composer) and stops at the
+first that fails.
+  lint      ruff check, ruff format --check
+  types     pyright over dist_agc and tests
+  unit      tests of one process, the doctests of dist_agc
+  mpi       tests of several processes, under mpirun with 2, 3 and 4 ranks
+  composer  tests with MosaicML Composer and the oldest torch, in an environment of its own (.venv-composer)
+  coverage  what the tests just run have covered
+What follows -- goes to pytest: bash tests/run.sh unit mpi -- -k dtensor
+The last line sums the tests: "N passed, N failed"; a stage that fails without a failed test counts as one.
+END
+}
+
+stages=""
+while (($#)); do
+  case $1 in
+    -h | --help) usage && exit ;;
+    lint | types | unit | mpi | composer | coverage) stages+=" $1" ;;
+    --) shift && break ;;
+    *) usage >&2 && exit 2 ;;
+  esac
+  shift
+done
+pytest_args=("$@")
+stages=${stages:- lint types unit mpi coverage}
+
+passed=0
+failed=0
+logs=$(mktemp -d)
+finish() {
+  local status=$?
+  rm -rf "$logs"
+  if ((status != 0 && failed == 0)); then failed=1; fi
+  echo "tests/run.sh:${stages} took $SECONDS s, exit code $status"
+  echo "$passed passed, $failed failed"
+}
+trap finish EXIT
+
+# Runs tests and adds up what pytest's closing line says (-a: the MPI version that pytest-mpi prints holds a zero byte).
+run_tests() {
+  local log=$1 line status=0
+  shift
+  "$@" </dev/null |& tee "$log" || status=$?
+  line=$(grep -aE '^(=+ )?[0-9]+ [a-z]+.* in [0-9.]+s' "$log" | tail -n 1 || true)
+  passed=$((passed + $(sum_of passed <<<"$line")))
+  failed=$((failed + $(sum_of 'failed|error' <<<"$line")))
+  return "$status"
+}
+
+sum_of() {
+  { grep -oE "[0-9]+ ($1)" || true; } | awk '{ sum += $1 } END { print sum + 0 }'
+}
+
+# pytest exits 0 when it has skipped every test: nothing shown is not a success.
+some_passed() {
+  ((passed > 0)) || { echo "no test passed" >&2 && return 1; }
+}
+
+lint() {
+  python -m ruff check .
+  python -m ruff format --check .
+}
+
+types() {
+  python -m pyright
+}
+
+unit() {
+  run_tests "$logs/unit" python -m coverage run -m pytest dist_agc tests --ignore tests/mosaicml \
+    --ignore dist_agc/integrations/composer.py --doctest-modules -m "not mpi" --color=no "${pytest_args[@]}"
+  some_passed
+}
+
+# Rank 0 is read as it comes; the others write into files of their own, shown when the run failed.
+as_rank='
+if [[ $OMPI_COMM_WORLD_RANK != 0 ]]; then exec >"$0.$OMPI_COMM_WORLD_RANK" 2>&1; fi
+exec "$@"
+'
+
+mpi() {
+  local n rank log status
+  export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMP_NUM_THREADS=1
+  for n in 2 3 4; do
+    echo "-- $n ranks"
+    log=$logs/mpi$n
+    status=0
+    # The tests see to it that all ranks end alike, so that rank 0 speaks for all.
+    run_tests "$log.0" timeout --kill-after=30 1500 mpirun -n "$n" --oversubscribe --bind-to none \
+      bash -c "$as_rank" "$log" python -m coverage run -m pytest tests --ignore tests/mosaicml --with-mpi -m mpi -q \
+      --color=no -p no:cacheprovider "${pytest_args[@]}" || status=$?
+    ((status != 0)) || continue
+    for ((rank = 1; rank < n; rank++)); do
+      echo "-- rank $rank of $n"
+      tail -n 200 "$log.$rank" || true
+    done
+    return "$status"
+  done
+  some_passed
+}
+
+composer() {
+  run_tests "$logs/composer" bash tests/mosaicml/run.sh "${pytest_args[@]}"
+}
+
+coverage() {
+  python -m coverage combine --quiet
+  python -m coverage report
+}
+
+bash launch/setup.sh dev
+PATH=$PWD/.venv/bin:$PATH
+if [[ $stages == *unit* || $stages == *mpi* ]]; then python -m coverage erase; fi
+for stage in $stages; do
+  echo "== $stage"
+  "$stage"
+done

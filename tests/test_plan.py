@@ -1,0 +1,108 @@
+"""Plans for clusters that are not here: `dist-agc plan` and the arithmetic under it."""
+
+import pytest
+import torch
+from torch import nn
+
+from dist_agc import AGCConfig
+from dist_agc.cli import shapes
+from dist_agc.cli.plan import Planned, planned
+from dist_agc.fragments import Axis
+from dist_agc.layouts import make_fragments, virtual
+
+MILLION = 1_000_000
+
+
+def plan(model: str, layout: str, world: int, **sizes: int) -> Planned:
+    sizes = sizes or {"tp+fsdp2": {"tensor": 8}, "hsdp": {"shard": 64}}.get(layout, {})
+    here = virtual.World(world, world // 2, **sizes)
+    return planned(shapes.load(model), layout, here, AGCConfig(units=shapes.UNITS.get(model)))
+
+
+@pytest.mark.parametrize(
+    ("model", "parameters", "tensors"),
+    [
+        ("resnet50", 25_557_032, 161),  # torchvision's
+        ("gpt2-small", 124_439_808, 148),  # transformers'
+        ("llama3-8b", 8_030_261_248, 291),
+        ("llama3-70b", 70_553_706_496, 723),
+        ("llama3-405b", 405_853_388_800, 1137),
+        ("moe-8x7b", 46_702_792_704, 323),
+    ],
+)
+def test_presets_have_the_sizes_of_the_models(model: str, parameters: int, tensors: int) -> None:
+    found = list(shapes.load(model).parameters())
+    assert (sum(p.numel() for p in found), len(found)) == (parameters, tensors)
+
+
+@pytest.mark.parametrize("layout", virtual.LAYOUTS)
+@pytest.mark.parametrize("model", shapes.PRESETS)
+def test_agc_sends_next_to_nothing_where_ranks_have_much(model: str, layout: str) -> None:
+    rows = [plan(model, layout, size) for size in (64, 16384)]
+    for row in rows:
+        assert row.elements_per_rank < MILLION or row.share < 0.001, row
+
+
+@pytest.mark.parametrize("layout", virtual.LAYOUTS)
+def test_ranks_together_hold_every_element_once(layout: str) -> None:
+    model = shapes.load("resnet50")
+    size = 24
+    sizes = {"tp+fsdp2": {"tensor": 4}, "hsdp": {"shard": 6}}.get(layout, {})
+    copies = {"ddp": 24, "zero0": 24, "hsdp": 4, "tp+fsdp2": 4}.get(layout, 1)  # names of ResNet: nothing to cut by tp
+    held = 0
+    for rank in range(size):
+        fragments = make_fragments(virtual.place(model, layout, virtual.World(size, rank, **sizes)), AGCConfig())
+        for fragment in fragments:
+            for block in fragment.pieces.blocks:
+                flat = block.sizes is not None
+                held += block.length if flat else fragment.local(fragment.holder).numel()
+    assert held == copies * sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("layout", ["fsdp1", "zero1", "zero3"])
+def test_every_rank_has_the_same_slots(layout: str) -> None:
+    model = shapes.load("resnet50")
+    rows = [planned(model, layout, virtual.World(7, rank), AGCConfig()) for rank in range(7)]
+    assert len({(row.units, row.split_units, row.payload_bytes) for row in rows}) == 1
+    assert rows[0].split_units > 0
+
+
+def test_whole_rows_need_no_slots() -> None:
+    row = plan("llama3-8b", "fsdp2", 1024)
+    assert row.split_units == 65  # the norms' gains alone, which are 1-D
+    assert plan("llama3-8b", "ddp", 1024).all_reduces == 0
+
+
+def test_a_plan_does_not_grow_with_the_square_of_tensors_or_ranks() -> None:
+    """Counted in slots and kept bytes, which do not depend on the machine."""
+    few, many = plan("llama3-8b", "fsdp1", 1024), plan("llama3-8b", "fsdp1", 8192)
+    more = 8191 / 1023 * 1.01  # borders between ranks, of which now and then one falls between two rows
+    assert many.split_units <= more * few.split_units
+    assert many.plan_bytes <= more * few.plan_bytes
+
+
+def test_axes_compare_by_their_ranks() -> None:
+    assert Axis((0, 1, 2), 1) == Axis((0, 1, 2), 1)
+    assert hash(Axis((0, 1, 2), 1)) == hash(Axis((0, 1, 2), 1))
+    assert Axis((0, 1, 2), 1) != Axis((0, 5, 2), 1)
+
+
+def test_worlds_must_fit() -> None:
+    with pytest.raises(ValueError, match="tensor=3 does not divide"):
+        virtual.World(8, 0, tensor=3)
+    with pytest.raises(ValueError, match="not in a world"):
+        virtual.World(8, 8)
+    with pytest.raises(ValueError, match="'fsdp3' is not known"):
+        virtual.place(nn.Linear(2, 2), "fsdp3", virtual.World(2, 0))
+
+
+def make_model() -> nn.Module:
+    return nn.Linear(3, 2)
+
+
+def test_models_of_the_user() -> None:
+    assert shapes.load("test_plan:make_model").get_parameter("weight").device == torch.device("meta")
+    with pytest.raises(ValueError, match="is no preset"):
+        shapes.load("resnet5000")
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        shapes.load("test_plan:missing")

@@ -1,0 +1,176 @@
+"""The project as a whole: what is packaged, what is imported, which layer knows which, the code on its pages."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from email.message import Message
+from email.parser import Parser
+from pathlib import Path
+
+import pytest
+
+import dist_agc
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "dist_agc"
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+
+# Lower first: a module imports from its own layer and the ones before it. "dist_agc" is the package's __init__.
+LAYERS = [
+    *("names", "config", "units", "norms", "fragments", "layouts", "plan", "reduce", "stats", "vectors", "part"),
+    *("clipper", "survey", "backward", "hooks", "dist_agc", "integrations", "conformance", "cli"),
+]
+# attach(engine) hands a DeepSpeed engine over to its integration, which is imported only then.
+UPWARD = {("hooks", "dist_agc.integrations.deepspeed.attach_engine")}
+
+
+def run_python(*arguments: str, cwd: Path = ROOT, timeout: float = 200) -> str:
+    """Output of a new Python that finds dist_agc wherever it runs; failing or hanging, it fails the test."""
+    process = subprocess.Popen(
+        [sys.executable, *arguments],
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        output, errors = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # not kill: torchrun ends its workers first
+        output, errors = process.communicate()
+    assert process.returncode == 0, f"exit code {process.returncode}\n{output}\n{errors}"
+    return output
+
+
+# ---------------------------------------------------------------------------------------------------------- packaging
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    folder = tmp_path_factory.mktemp("wheel")
+    run_python("-m", "hatchling", "build", "--target", "wheel", "--directory", str(folder))
+    (file,) = folder.glob("*.whl")
+    return zipfile.ZipFile(file)
+
+
+@pytest.fixture(scope="module")
+def metadata(wheel: zipfile.ZipFile) -> Message:
+    (name,) = [name for name in wheel.namelist() if name.endswith(".dist-info/METADATA")]
+    return Parser().parsestr(wheel.read(name).decode())
+
+
+def requirements(metadata: Message) -> Iterator[tuple[str, str | None]]:
+    """Pairs of a required package and the extra that asks for it."""
+    for line in metadata.get_all("Requires-Dist", []):
+        (package,) = re.findall(r"^[\w-]+", line)
+        extra = re.search(r"extra == '([\w-]+)'", line)
+        yield package, extra and extra[1]
+
+
+def test_wheel_holds_every_module_and_the_typing_marker(wheel: zipfile.ZipFile) -> None:
+    packaged = {name for name in wheel.namelist() if name.startswith("dist_agc/")}
+    assert packaged >= {str(path.relative_to(ROOT)) for path in PACKAGE.rglob("*.py")} | {"dist_agc/py.typed"}
+
+
+def test_base_install_needs_torch_alone(metadata: Message) -> None:
+    assert [package for package, extra in requirements(metadata) if extra is None] == ["torch"]
+
+
+def test_every_dependency_is_pinned(metadata: Message) -> None:
+    lines = (ROOT / "launch" / "constraints.txt").read_text().splitlines()
+    pins = [line for line in lines if not line.startswith("#")]
+    unclear = [pin for pin in pins if not re.fullmatch(r'[a-z0-9-]+==[\w.]+( ; python_version >= "3\.\d+")?', pin)]
+    assert not unclear, "a pin is a name and a public version"
+    # mosaicml is not installed beside the others: it needs an older torch.
+    wanted = {package for package, _ in requirements(metadata)} - {"dist-agc", "mosaicml"}
+    assert wanted <= {pin.partition("==")[0] for pin in pins}
+
+
+def test_changelog_is_headed_by_the_version(metadata: Message) -> None:
+    headings = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert headings[0] == dist_agc.__version__ == metadata["Version"]
+
+
+# ------------------------------------------------------------------------------------------------------------ imports
+
+
+def test_import_loads_nothing_beside_torch() -> None:
+    report = "import sys; print(*{name.partition('.')[0] for name in sys.modules} - sys.stdlib_module_names)"
+    of_torch = "import torch, torch.distributed.fsdp, torch.distributed.tensor"
+    allowed = set(run_python("-c", f"{of_torch}; {report}").split())
+    assert set(run_python("-c", f"import dist_agc; {report}").split()) - allowed == {"dist_agc"}
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported_by(path: Path) -> Iterator[str]:
+    """Dotted names that a file imports, at its head or inside functions; relative ones made absolute."""
+    package = module_name(path).split(".")
+    if path.name != "__init__.py":
+        package = package[:-1]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            yield from (".".join([*base, *filter(None, [node.module]), alias.name]) for alias in node.names)
+
+
+def layer(name: str) -> str:
+    """The layer of a dotted name: a module or package directly in dist_agc, or dist_agc's own __init__."""
+    part = [*name.split("."), ""][1]
+    return part if (PACKAGE / part).is_dir() and part or (PACKAGE / f"{part}.py").is_file() else "dist_agc"
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=module_name)
+def test_lower_layers_never_import_higher_ones(path: Path) -> None:
+    own = layer(module_name(path))
+    assert own in LAYERS, f"a new module: give {own!r} its place in LAYERS"
+    ours = [name for name in imported_by(path) if name.split(".")[0] == "dist_agc"]
+    higher = [n for n in ours if LAYERS.index(layer(n)) > LAYERS.index(own) and (own, n) not in UPWARD]
+    assert not higher, f"{module_name(path)} imports from above: {higher}"
+
+
+@pytest.mark.parametrize("name", ["names", "config", "units", "norms"])
+def test_the_mathematics_knows_no_processes(name: str) -> None:
+    assert not [found for found in imported_by(PACKAGE / f"{name}.py") if "distributed" in found]
+
+
+# -------------------------------------------------------------------------------------------------------------- pages
+
+
+def blocks() -> Iterator[object]:
+    for page in PAGES:
+        text = page.read_text()
+        for found in re.finditer(r"^```python *(\w*)\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+            line = text[: found.start()].count("\n") + 1
+            if found[1] != "notest":
+                yield pytest.param(found[1], found[2], id=f"{page.name}:{line}")
+
+
+@pytest.mark.parametrize(("how", "code"), list(blocks()))
+def test_code_on_pages_runs(how: str, code: str, tmp_path: Path) -> None:
+    script = tmp_path / "block.py"
+    script.write_text(code)
+    if how == "torchrun":
+        local = ("--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1")
+        run_python("-m", "torch.distributed.run", "--nproc-per-node=2", *local, str(script), cwd=tmp_path)
+    else:
+        assert how == "", f"docs/CONTRIBUTING.md knows no block marked {how!r}"
+        run_python(str(script), cwd=tmp_path)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_between_pages_lead_somewhere(page: Path) -> None:
+    targets = re.findall(r"\]\(([^)#\s]+)", page.read_text())
+    broken = [t for t in targets if not t.startswith("http") and not (page.parent / t).exists()]
+    assert not broken
