@@ -6,10 +6,12 @@ impossible. AGC judges every unit by itself, so it needs none.
 
 from __future__ import annotations
 
+import gc
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.optim import Optimizer
@@ -19,8 +21,10 @@ from .config import check_threshold
 from .part import Part
 from .stats import ClipStats
 
+_DDP = "DistributedDataParallel reduces gradients after the hooks of their parameters"
 _REFUSED = {
-    "DistributedDataParallel": "DistributedDataParallel reduces gradients after the hooks of their parameters",
+    "DistributedDataParallel": _DDP,
+    "DDP": _DDP,  # what torch.distributed._composable.replicate makes of a module's class
     "FullyShardedDataParallel": "FSDP1 hands over the gradients of its flat parameters when backward has ended; use "
     "FSDP2 (fully_shard)",
 }
@@ -35,6 +39,8 @@ class BackwardClipping:
     in which backward makes the gradients. That is the same on all ranks of an SPMD model, which FSDP2 and tensor
     parallelism require anyway.
 
+    Parameters that are frozen later are left out; one that is unfrozen has no hook, so the next backward raises.
+
     Attributes:
         stats: the `ClipStats` of the last whole backward; None before the first.
 
@@ -44,6 +50,7 @@ class BackwardClipping:
 
     def __init__(self, model: object, clipper: Clipper, optimizers: Sequence[Optimizer]) -> None:
         _check_model(model)
+        _check_replicas(f.holder for f in clipper.fragments)
         self.stats: ClipStats | None = None
         self._fragments = {id(f.holder): f for f in clipper.fragments}
         self._parts: dict[int, Part] = {}
@@ -55,9 +62,10 @@ class BackwardClipping:
             for p in group["params"]
         }
         # The parameters clipped since backward began, and whether it has ended.
-        self._record: dict[int, ClipStats] = {}
+        self._record: dict[int, ClipStats | None] = {}
         self._running = False
         chosen = [f for f in clipper.fragments if not optimizers or id(f.holder) in self._groups]
+        self._frozen = [(name, p) for name, p in clipper.frozen() if not optimizers or id(p) in self._groups]
         for fragment in chosen:
             if getattr(fragment.holder, "_post_accumulate_grad_hooks", None):
                 raise ValueError(
@@ -83,12 +91,22 @@ class BackwardClipping:
                 "None, or zero_grad(set_to_none=True)). To accumulate, turn off FSDP2's gradient sync until the last "
                 f"backward (set_requires_gradient_sync(False)), or {_OTHERWISE}"
             )
+        if not self._running or key in self._record:  # the same parameter again: the last backward ended in an error
+            self._begin()
         with torch.no_grad(), torch.profiler.record_function("dist_agc::clip"):
-            stats = self._parts[key].clip(self._threshold(parameter), None)
+            self._record[key] = self._parts[key].clip(self._threshold(parameter), None)
         # Version counters would not do: FSDP2's gradients share one.
         setattr(parameter.grad, _MARK, True)
-        if stats is not None:
-            self._add(key, stats)
+
+    def _begin(self) -> None:
+        thawed = [name for name, parameter in self._frozen if parameter.requires_grad]
+        if thawed:
+            raise RuntimeError(
+                f"parameter {thawed[0]!r} was frozen when AGC was attached and trains now, unclipped: call "
+                ".remove() on the handle and attach again after unfreezing."
+            )
+        self._record, self._running = {}, True
+        Variable._execution_engine.queue_callback(self._finish)
 
     def _threshold(self, parameter: Tensor) -> Mapping[int, float | None]:
         if id(parameter) not in self._groups:
@@ -96,22 +114,19 @@ class BackwardClipping:
         optimizer, i = self._groups[id(parameter)]
         return group_thresholds([{**optimizer.param_groups[i], "params": [parameter]}], check_threshold)
 
-    def _add(self, key: int, stats: ClipStats) -> None:
-        if not self._running or key in self._record:  # the same parameter again: the last backward ended in an error
-            self._record, self._running = {}, True
-            Variable._execution_engine.queue_callback(self._finish)
-        self._record[key] = stats
-
     def _finish(self) -> None:
         if not self._running:
             return
         self._running = False
+        counted = [stats for stats in self._record.values() if stats is not None]
+        if not counted:
+            return
         # Parameters without a gradient have units too.
         silent = [self._fragments[key] for key in self._parts if key not in self._record]
-        idle = {f.name: f.rule.count for f in silent if f.rule is not None}
-        top = next(iter(self._record.values())).max_ratio
+        idle = {f.name: f.rule.count for f in silent if f.rule is not None and f.holder.requires_grad}
+        top = counted[0].max_ratio
         nothing = ClipStats(idle, torch.zeros(len(idle), 3, dtype=torch.float64, device=top.device), top.new_zeros(()))
-        self.stats = ClipStats.merged([*self._record.values(), nothing])
+        self.stats = ClipStats.merged([*counted, nothing])
 
 
 def refuse_scaler(optimizer: Optimizer) -> None:
@@ -136,3 +151,15 @@ def _check_model(model: object) -> None:
                 raise ValueError(
                     f"during_backward=True cannot be right here: {_REFUSED[kind.__name__]}, or {_OTHERWISE}"
                 )
+
+
+def _check_replicas(parameters: Iterable[Tensor]) -> None:
+    """Refuse the inner module of a DistributedDataParallel, or its parameters: only the wrapper knows of them."""
+    if not dist.is_initialized():
+        return
+    ours = set(map(id, parameters))
+    for found in gc.get_objects():
+        if issubclass(type(found), nn.parallel.DistributedDataParallel) and not ours.isdisjoint(
+            map(id, found.parameters())
+        ):
+            raise ValueError(f"during_backward=True cannot be right here: {_DDP}, or {_OTHERWISE}")

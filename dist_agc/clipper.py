@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .config import AGCConfig
+from .config import AGCConfig, check_threshold
 from .fragments import Fragment
 from .layouts import Placed, make_fragments, place
 from .part import Part
@@ -62,19 +63,23 @@ class Clipper:
     def _plan(self) -> None:
         self._trainable = [p.layout.holder.requires_grad for p in self._placed]
         self.fragments: list[Fragment] = make_fragments(self._placed, self.config)
-        self._parts: dict[frozenset[int], Part] = {}
+        self._parts: dict[frozenset[int] | None, Part] = {}
 
     def holds(self, parameter: Tensor) -> bool:
         """Whether ``parameter`` is one that an optimizer would hold for this model."""
         return any(p.layout.holder is parameter for p in self._placed)
 
+    def frozen(self) -> list[tuple[str, Tensor]]:
+        """Parameters that are not trained, by name."""
+        return [(p.named.name, p.layout.holder) for p in self._placed if not p.layout.holder.requires_grad]
+
     def part(self, holders: Iterable[Tensor] | None = None) -> Part:
         """The plan for all parameters, or for those that one optimizer holds; made once."""
         if self._trainable != [p.layout.holder.requires_grad for p in self._placed]:
             self._plan()
-        key = frozenset() if holders is None else frozenset(map(id, holders))
+        key = None if holders is None else frozenset(map(id, holders))
         if key not in self._parts:
-            chosen = [f for f in self.fragments if holders is None or id(f.holder) in key]
+            chosen = [f for f in self.fragments if key is None or id(f.holder) in key]
             self._parts[key] = Part(chosen, self.config)
         return self._parts[key]
 
@@ -82,6 +87,7 @@ class Clipper:
         self,
         holders: Iterable[Tensor] | None = None,
         *,
+        clipping_threshold: float | None = None,
         thresholds: Mapping[int, float | None] | None = None,
         grad_scale: Tensor | float | None = None,
     ) -> ClipStats | None:
@@ -89,7 +95,8 @@ class Clipper:
 
         Args:
             holders: clip only the gradients of these tensors (those that one optimizer holds).
-            thresholds: by ``id`` of a holder, a threshold in place of the config's; None does not clip it.
+            clipping_threshold: in place of the config's, in this call.
+            thresholds: by ``id`` of a holder, a threshold in place of both; None does not clip it.
             grad_scale: the loss scale that the gradients still carry; they are judged as if divided by it.
 
         Returns:
@@ -102,10 +109,13 @@ class Clipper:
             RuntimeError: ranks are set up differently (checked at the first call).
         """
         holders = None if holders is None else list(holders)
+        if clipping_threshold is not None:
+            clipping_threshold = check_threshold(clipping_threshold)
         with torch.no_grad(), torch.profiler.record_function("dist_agc::clip"):
-            return self.part(holders).clip(thresholds or {}, grad_scale)
+            return self.part(holders).clip(thresholds or {}, grad_scale, clipping_threshold)
 
 
+# The last plan of every model that `apply_agc` has seen, for as long as the model lives.
 _clippers: weakref.WeakKeyDictionary[nn.Module, tuple[object, Clipper]] = weakref.WeakKeyDictionary()
 
 
@@ -118,6 +128,7 @@ def apply_agc(
 
     Takes the place of Composer's functional ``apply_agc``; ``eps=0`` is its exact rule. On sharded models every rank
     must call it. Gradients that carry a loss scale must be unscaled first (``scaler.unscale_(optimizer)``).
+    For a module the plan is kept from call to call; for a list of parameters, which names no model, it is not.
 
     Args:
         model: a module (plain, DDP, FSDP1, FSDP2, tensor parallel), or an iterable of parameters.
@@ -146,12 +157,12 @@ def apply_agc(
         config = AGCConfig.of(None, {**given, **options})
     if not isinstance(model, nn.Module):
         return Clipper(model, config).clip()
-    # The plan is kept for as long as the model lives, its parameters are the same ones and the settings do not change.
-    key = (config, [id(p) for p in model.parameters()])
+    # Planned anew only where parameters or settings change; the threshold may follow a schedule.
+    key = (replace(config, clipping_threshold=1.0), [id(p) for p in model.parameters()])
     kept = _clippers.get(model)
     if kept is None or kept[0] != key:
         kept = _clippers[model] = (key, Clipper(model, config))
-    return kept[1].clip()
+    return kept[1].clip(clipping_threshold=config.clipping_threshold)
 
 
 def group_thresholds(

@@ -10,7 +10,7 @@ import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -96,6 +96,19 @@ class Pieces:
     distinct: tuple[Axis, ...] = ()
 
 
+@runtime_checkable
+class Sums(Protocol):
+    """How a layout whose gradients may come as each rank's share of a sum says so, and takes the sum."""
+
+    def pending(self, grad: Tensor) -> tuple[Axis, ...]:
+        """The axes along which the shares are still to be added up."""
+        ...
+
+    def settle(self, total: Tensor) -> None:
+        """Put the sum in the place of this rank's share."""
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class Fragment:
     """What this rank holds of one parameter, and where its weight and gradient are found.
@@ -109,6 +122,7 @@ class Fragment:
         numel: elements of the whole parameter, over all ranks.
         copies: along which axes every rank holds the same. Nothing is sent along them but the one check that ranks
             agree, because copies that are clipped differently drift apart.
+        sums: where gradients of copies may come as each rank's share of a sum.
     """
 
     name: str
@@ -118,6 +132,7 @@ class Fragment:
     local: Callable[[Tensor], Tensor]
     numel: int
     copies: tuple[Axis, ...] = ()
+    sums: Sums | None = None
 
     @property
     def axes(self) -> tuple[Axis, ...]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 # Attributes under which wrappers keep the wrapped module; no part of a name that a user wrote.
 _WRAPPED = {
@@ -63,8 +64,10 @@ def module_paths(model: nn.Module) -> list[tuple[str, nn.Module]]:
     def walk(module: nn.Module, path: str) -> None:
         found.append((path, module))
         transparent = wrapped_attribute(module)
-        for attribute, child in module.named_children():
-            walk(child, path if attribute == transparent else f"{path}.{attribute}" if path else attribute)
+        # Not named_children(), which leaves out the second name that a module has in the same parent.
+        for attribute, child in module._modules.items():
+            if child is not None:
+                walk(child, path if attribute == transparent else f"{path}.{attribute}" if path else attribute)
 
     walk(model, "")
     return found
@@ -73,16 +76,27 @@ def module_paths(model: nn.Module) -> list[tuple[str, nn.Module]]:
 def named_parameters(model: nn.Module) -> list[Named]:
     """The parameters of ``model``, each once, in the order of ``model.parameters()``."""
     owners: dict[int, tuple[Tensor, nn.Module, list[str]]] = {}
+    made_for = parametrized(model)
     for path, module in module_paths(model):
         for attribute, parameter in module._parameters.items():
             if parameter is None:
                 continue
             name = f"{path}.{attribute}" if path else attribute
-            owners.setdefault(id(parameter), (parameter, module, []))[2].append(name)
+            owners.setdefault(id(parameter), (parameter, made_for.get(id(module), module), []))[2].append(name)
     return [
         Named(tuple(dict.fromkeys(names)), parameter, weakref.ref(module))
         for parameter, module, names in owners.values()
     ]
+
+
+def parametrized(model: nn.Module) -> dict[int, nn.Module]:
+    """By ``id`` of a list of parametrizations, the module whose tensor it makes, which says what the units are."""
+    return {
+        id(made_by): module
+        for module in model.modules()
+        if parametrize.is_parametrized(module)
+        for made_by in module.parametrizations.children()  # type: ignore[union-attr]
+    }
 
 
 def last_linear(model: nn.Module) -> str:

@@ -15,7 +15,8 @@ _LEAVES = 64
 _LONG = 1 << 13
 # The same for units whose elements lie apart in memory: they are added up one by one (measured: 2e-6 at 7,500 of them).
 _APART = 1 << 11
-# A unit that was just clipped lies within rounding of its limit: it is not clipped again.
+# A unit that was just clipped lies within rounding of its limit: it is not clipped again. (In 16 bits its elements
+# themselves are rounded, so there a second clipping may change their last bit.)
 _AT_LIMIT = 1.0 - 4 * torch.finfo(torch.float32).eps
 
 
@@ -39,12 +40,9 @@ def unit_norms_(x: Tensor, reduced: tuple[int, ...], out: Tensor) -> None:
 def _norms(x: Tensor, reduced: tuple[int, ...], out: Tensor) -> Tensor:
     if x.is_complex():
         x, reduced = torch.view_as_real(x.resolve_conj()), (*reduced, x.ndim)
-    if not x.is_cpu or x.numel() == 0:
-        return _vector_norm(x, reduced, out)
-    long = x.numel() > _LONG * out.numel()
+    if takes_one_kernel(x, reduced, out):
+        return vector_norm(x, reduced, out)
     columns = x.numel() > _APART and _columns(x, reduced)
-    if not long and not columns and (x.dtype == out.dtype or x.numel() <= _LEAF):
-        return _vector_norm(x.to(out.dtype), reduced, out)
     dim = max(reduced if columns else range(x.ndim), key=lambda d: x.shape[d])
     if columns and x.numel() <= _LEAF * min(x.shape[dim], _LEAVES):
         return _column_norms(x, reduced, dim, out)
@@ -70,10 +68,22 @@ def _column_norms(x: Tensor, reduced: tuple[int, ...], dim: int, out: Tensor) ->
     return torch.sum(squares, dim=reduced, out=out).sqrt_()
 
 
-def _vector_norm(x: Tensor, reduced: tuple[int, ...], out: Tensor) -> Tensor:
+def takes_one_kernel(x: Tensor, reduced: tuple[int, ...], out: Tensor) -> bool:
+    """Whether `vector_norm` alone gives the norms, fast and exactly enough."""
+    if x.is_complex() or x.device != out.device:
+        return False
+    if not x.is_cpu or x.numel() == 0:
+        return True
+    long = x.numel() > _LONG * out.numel()
+    in_order = x.numel() <= _APART or not _columns(x, reduced)
+    return not long and in_order and (x.dtype == out.dtype or x.numel() <= _LEAF)
+
+
+def vector_norm(x: Tensor, reduced: tuple[int, ...], out: Tensor) -> Tensor:
+    """L2 norms over ``reduced`` in the dtype of ``out``, by one kernel."""
     if not reduced and x.ndim:  # an empty tuple would mean every dim
         return out.copy_(x.abs())
-    return torch.linalg.vector_norm(x, dim=reduced or None, dtype=out.dtype, out=out)
+    return torch.linalg.vector_norm(x, 2, reduced or None, False, dtype=out.dtype, out=out)
 
 
 def _columns(x: Tensor, reduced: tuple[int, ...]) -> bool:
@@ -84,7 +94,10 @@ def _columns(x: Tensor, reduced: tuple[int, ...]) -> bool:
 
 
 def coefficients(
-    weight_norm: Tensor, grad_norm: Tensor, clipping_threshold: float | Tensor, eps: float
+    weight_norm: Tensor,
+    grad_norm: Tensor,
+    clipping_threshold: float | Tensor,
+    eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The factor of every unit's gradient: ``min(1, clipping_threshold / ratio)``.
 

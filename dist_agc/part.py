@@ -12,7 +12,7 @@ from torch import Tensor
 from .config import AGCConfig
 from .fragments import Axis, Fragment
 from .plan import Plan
-from .reduce import check_agreement
+from .reduce import add_up, anywhere, check_agreement
 from .stats import ClipStats
 from .vectors import Vectors
 
@@ -25,15 +25,27 @@ class Part:
         self.plan = Plan(fragments, statistics=config.statistics)
         self._calls = 0
         self._bound: Vectors | None = None
+        # By axis, the fragments whose gradients come as each rank's share of a sum: once agreed upon, each call adds
+        # them up, whatever gradients there are.
+        self._shared: dict[Axis, list[int]] = {}
 
-    def clip(self, thresholds: Mapping[int, float | None], grad_scale: Tensor | float | None) -> ClipStats | None:
+    def clip(
+        self,
+        thresholds: Mapping[int, float | None],
+        grad_scale: Tensor | float | None,
+        clipping_threshold: float | None = None,
+    ) -> ClipStats | None:
+        """Clip once. ``thresholds``, by ``id`` of a holder, take precedence over ``clipping_threshold``, and that over
+        the config's."""
         plan, config = self.plan, self.config
-        per_fragment = [_threshold(thresholds.get(id(f.holder), config.clipping_threshold)) for f in plan.governed]
+        default = config.clipping_threshold if clipping_threshold is None else clipping_threshold
+        asked = [_threshold(thresholds.get(id(f.holder), default)) for f in plan.governed]
         weights, grads, problem = _local_tensors(plan.fragments)
-        if self._bound is None:
+        shares = self._shares(grads)
+        if self._bound is None or any(set(found) - set(self._shared.get(axis, ())) for axis, found in shares.items()):
             # A rank that is about to raise tells the others: at the first call, where most mistakes show, none waits.
             try:
-                self._agree(per_fragment, problem)
+                self._agree(asked, shares, problem)
             except RuntimeError as difference:
                 if problem is None:
                     raise
@@ -43,7 +55,8 @@ class Part:
         if self._bound is None:
             self._bound = Vectors(plan, config, weights)
         vectors = self._bound
-        vectors.set_thresholds(per_fragment)
+        summed = self._add_up(weights, grads)
+        vectors.set_thresholds(asked)
         fresh = self._calls % config.weight_norm_interval == 0
         self._calls += 1
         vectors.measure(weights if fresh else None, grads, grad_scale)
@@ -57,31 +70,62 @@ class Part:
             )
         if not config.dry_run:
             vectors.scale(grads)
+            for i in summed:
+                fragment, total = plan.fragments[i], grads[i]
+                if total is not None and fragment.sums is not None and fragment.rule is not None:
+                    fragment.sums.settle(total)
         return stats
 
-    def _agree(self, thresholds: list[float], problem: ValueError | None) -> None:
+    def _shares(self, grads: Sequence[Tensor | None]) -> dict[Axis, list[int]]:
+        """By axis, the fragments of which this rank holds a share of the gradient."""
+        found: dict[Axis, list[int]] = {}
+        for i, (fragment, grad) in enumerate(zip(self.plan.fragments, grads, strict=False)):
+            if grad is not None and fragment.sums is not None and fragment.copies:
+                assert fragment.holder.grad is not None
+                for axis in fragment.sums.pending(fragment.holder.grad):
+                    found.setdefault(axis, []).append(i)
+        return found
+
+    def _add_up(self, weights: Sequence[Tensor], grads: list[Tensor | None]) -> list[int]:
+        """Put sums in the places of shares in ``grads``, in memory of their own; returns which."""
+        for axis, which in self._shared.items():
+            # A rank without a gradient adds zeros; its sum is nobody's gradient then.
+            shares = [torch.zeros_like(weights[i]) if (grad := grads[i]) is None else grad for i in which]
+            for i, total in zip(which, add_up(shares, axis), strict=True):
+                grads[i] = None if grads[i] is None else total
+        return sorted({i for which in self._shared.values() for i in which})
+
+    def _agree(self, thresholds: list[float], shares: Mapping[Axis, list[int]], problem: ValueError | None) -> None:
         """Compare settings and structure along every axis, in an order that all ranks share."""
         fragments = self.plan.fragments
         threshold = dict(zip([f.name for f in self.plan.governed], thresholds, strict=True))
         settings = {field.name: getattr(self.config, field.name) for field in fields(self.config)}
-        shared: dict[Axis, list[Fragment]] = {}
-        for fragment in fragments:
+        shared: dict[Axis, list[int]] = {}
+        for i, fragment in enumerate(fragments):
             for axis in fragment.axes:
-                shared.setdefault(axis, []).append(fragment)
+                shared.setdefault(axis, []).append(i)
+        axes = sorted((a for a in shared if a.group is not None and a.size > 1), key=lambda axis: axis.ranks)
         checks = []
-        for axis in sorted((a for a in shared if a.group is not None and a.size > 1), key=lambda axis: axis.ranks):
+        for axis in axes:
             # Only what is shared along this axis: ranks may hold other experts, or other stages of a pipeline.
-            here = shared[axis]
+            here = [fragments[i] for i in shared[axis]]
             asked = {f.name: threshold[f.name] for f in here if f.rule is not None}
             what = {
                 **settings,
                 "clipping_threshold": asked if len(set(asked.values())) > 1 else list(asked.values())[:1],
                 "parameters": [(f.name, f.numel, f.rule and (f.rule.shape, f.rule.kept)) for f in here],
+                "dtypes": [str(f.holder.dtype) for f in here],
                 "slots": [stage.slots for stage in self.plan.stages if stage.axis == axis],
                 "gradients": "as expected" if problem is None else str(problem),
             }
             checks.append((what, axis, here[0].holder.device))
         check_agreement(checks)
+        self._shared = {}
+        for _, axis, device in checks:
+            copies = [i for i in shared[axis] if fragments[i].sums is not None and axis in fragments[i].copies]
+            wanted = [i in shares.get(axis, ()) for i in copies]
+            if copies and any(found := anywhere(wanted, axis, device)):
+                self._shared[axis] = [i for i, there in zip(copies, found, strict=True) if there]
 
 
 def _threshold(value: float | None) -> float:
@@ -100,7 +144,7 @@ def _local_tensors(fragments: Sequence[Fragment]) -> tuple[list[Tensor], list[Te
                 grads.append(None)
                 continue
             grad = fragment.local(grad)
-            if grad.shape != weight.shape or grad.layout != torch.strided:
+            if grad.shape != weight.shape or grad.layout != torch.strided or 0 in grad.stride():
                 _check(fragment, weight, grad)
             grads.append(grad)
     except ValueError as error:
@@ -115,6 +159,13 @@ def _check(fragment: Fragment, weight: Tensor, grad: Tensor) -> None:
             f"{tuple(grad.shape)}: clip after the gradients were reduced, right before the optimizer's step."
         )
     rule = fragment.rule
+    if grad.layout == torch.strided:
+        if any(stride == 0 and size > 1 for stride, size in zip(grad.stride(), grad.shape, strict=True)):
+            raise ValueError(
+                f"parameter {fragment.name!r} has a gradient with several elements in one place of memory (an expanded "
+                "tensor), which cannot be scaled in place: give it one of its own, grad.clone()."
+            )
+        return
     if not grad.is_sparse:
         raise ValueError(f"parameter {fragment.name!r} has a gradient of layout {grad.layout}; expected strided.")
     if rule is not None and (rule.kept != (0,) or grad.sparse_dim() != 1 or fragment.pieces.splits):

@@ -41,6 +41,22 @@ def all_reduce(buffer: Tensor, axis: Axis) -> Tensor:
     return moved.to(buffer.device)
 
 
+def add_up(shares: Sequence[Tensor], axis: Axis) -> list[Tensor]:
+    """The sums over ``axis`` of tensors that have the same shapes on all of its ranks; fp32 at least, in one buffer."""
+    dtype = torch.float32
+    for share in shares:
+        dtype = torch.promote_types(dtype, share.dtype)
+    total = all_reduce(torch.cat([share.flatten().to(dtype) for share in shares]), axis)
+    parts = total.split([share.numel() for share in shares])
+    return [part.view(share.shape).to(share.dtype) for part, share in zip(parts, shares, strict=True)]
+
+
+def anywhere(flags: Sequence[bool], axis: Axis, device: torch.device) -> list[bool]:
+    """Which of the flags are set on any rank of ``axis``."""
+    counts = torch.tensor(flags, dtype=torch.int32, device=device)
+    return (all_reduce(counts, axis) > 0).tolist()
+
+
 # Digests in one exchange: a fixed number, because gloo ends the process where ranks send different lengths.
 _DIGESTS = 32
 

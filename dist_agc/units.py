@@ -75,17 +75,22 @@ class UnitRule:
 
 
 def default_rule(shape: Sequence[int], module: nn.Module | None) -> UnitRule:
-    """The rule that a parameter of this shape has in a module of this type."""
+    """The rule that a parameter of this shape has in a module of this type.
+
+    A module's other parameters (such as the magnitudes of ``weight_norm``) are told from its weight by their shape.
+    """
     shape = tuple(shape)
     if len(shape) <= 1:
         return UnitRule(shape, ())
     if isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
-        if module.groups > 1:
-            return UnitRule((module.groups, shape[0] // module.groups, *shape[1:]), (0, 2), grouped=True)
-        return UnitRule(shape, (1,))
+        groups, inputs, outputs = module.groups, module.in_channels, module.out_channels
+        if shape == (inputs, outputs // groups, *module.kernel_size):
+            if groups > 1:
+                return UnitRule((groups, inputs // groups, *shape[1:]), (0, 2), grouped=True)
+            return UnitRule(shape, (1,))
     # Looked up instead of imported: where a model has this module, transformers is loaded already.
     conv1d = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
-    if conv1d is not None and isinstance(module, conv1d):
+    if conv1d is not None and isinstance(module, conv1d) and shape[1:] == (getattr(module, "nf", None),):
         return UnitRule(shape, (1,))
     return UnitRule(shape, (0,))
 

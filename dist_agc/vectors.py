@@ -15,7 +15,8 @@ from torch import Tensor
 
 from .config import AGCConfig
 from .fragments import Block
-from .norms import coefficients, is_small, scale_, scale_rows_, unit_norms_
+from .measure import Norms
+from .norms import coefficients, scale_, scale_rows_
 from .plan import STATISTICS, Plan, Stage
 from .reduce import all_reduce
 from .stats import ClipStats
@@ -37,26 +38,14 @@ class Vectors:
         self.dtype = torch.float64 if double else torch.float32
         units, governed = plan.local_units, len(plan.governed)
         # Behind the units come excluded parameters, whose gradients are measured for the global norm.
-        blocks = plan.blocks + [b for f in plan.fragments[governed:] for b in f.pieces.blocks]
-        owners = plan.owners + [i for i, f in enumerate(plan.fragments) if i >= governed for _ in f.pieces.blocks]
-        offsets = plan.offsets + [units + i + 1 for i in range(len(blocks) - len(plan.blocks))]
-        self._weights, self._grads = self._zeros(offsets[-1]), self._zeros(offsets[-1])
-        self.weight, self.grad, self.excluded = self._weights[:units], self._grads[:units], self._grads[units:]
+        others = [(i, b) for i, f in enumerate(plan.fragments) if i >= governed for b in f.pieces.blocks]
+        blocks, owners = plan.blocks + [b for _, b in others], plan.owners + [i for i, _ in others]
+        self.weight, grads = self._zeros(units), self._zeros(units + len(others))
+        self.grad, self.excluded = grads[:units], grads[units:]
+        self.of_weights = Norms(plan.blocks, plan.owners, weights, self.weight)
+        self.of_grads = Norms(blocks, owners, weights, grads)
         self.coefficient = self._zeros(units)
         self.bad: Tensor | None = None  # units whose gradient is not finite
-        # Blocks of one unit, biases and gains above all, are measured together.
-        together = [w.device == self.device and not w.is_complex() for w in weights]
-        single = [
-            b.units == 1 and together[i] and is_small(b.part(weights[i])) for b, i in zip(blocks, owners, strict=True)
-        ]
-        self.single = [(i, b) for b, i, alone in zip(blocks, owners, single, strict=True) if alone]
-        self.single_at = self._integers([at for at, alone in zip(offsets, single, strict=False) if alone])
-        self.several = [
-            (i, b, (self._weights[at:end].view(b.kept), self._grads[at:end].view(b.kept)))
-            for b, i, at, end, alone in zip(blocks, owners, offsets, offsets[1:], single, strict=False)
-            if not alone
-        ]
-        self.nothing = self._zeros(1)
         spans = zip(plan.offsets, plan.offsets[1:], plan.blocks, strict=False)
         self.factors = [self.coefficient[a:b].view(_broadcast(block)) for a, b, block in spans]
         self.offsets = self._integers(plan.offsets)
@@ -74,7 +63,7 @@ class Vectors:
         return torch.tensor(values, dtype=torch.int64, device=self.device)
 
     def set_thresholds(self, asked: list[float]) -> None:
-        """Thresholds by governed fragment, spread over units only where they differ."""
+        """Thresholds by governed fragment, spread over units and slots only where they differ."""
         if asked == self.asked:
             return
         self.asked = asked
@@ -83,7 +72,9 @@ class Vectors:
             for stage in self.stages:
                 stage.thresholds = self.thresholds
             return
-        values = torch.tensor(asked, dtype=self.dtype, device=self.device)
+        host = torch.tensor(asked, dtype=self.dtype)
+        # From pinned memory the copy does not wait for the device.
+        values = (host.pin_memory() if self.device.type == "cuda" else host).to(self.device, non_blocking=True)
         self.thresholds = self.per_fragment.spread(values)
         for stage in self.stages:
             stage.thresholds = stage.owners.spread(values[stage.owner])
@@ -91,37 +82,15 @@ class Vectors:
     def measure(
         self, weights: Sequence[Tensor] | None, grads: Sequence[Tensor | None], grad_scale: Tensor | float | None
     ) -> None:
-        """Fill the vectors of local norms: each weight (unless it is None: reused) and each gradient is read once."""
-        if weights is not None:
-            self._norms([w if i < len(self.plan.governed) else None for i, w in enumerate(weights)], self._weights, 0)
-        if any(g is None for g in grads):
-            self._grads.zero_()
-        self._norms(grads, self._grads, 1)
+        """Fill the vectors of local norms: each weight (unless it is None: reused) and each gradient is read once.
+
+        Gradients first, since backward has just written them: some may still be in a cache.
+        """
+        self.of_grads.fill(grads)
         if grad_scale is not None:
-            self._grads.div_(grad_scale)
-
-    def _norms(self, tensors: Sequence[Tensor | None], vector: Tensor, which: int) -> None:
-        if self.single:
-            parts = [self.nothing if (t := tensors[i]) is None else block.part(_dense(t)) for i, block in self.single]
-            norms = torch._foreach_norm(parts, 2, self.dtype)  # pyright: ignore[reportPrivateImportUsage]
-            vector.index_copy_(0, self.single_at, torch.stack(norms))
-        for i, block, outs in self.several:
-            tensor = tensors[i]
-            if tensor is None:
-                continue
-            if tensor.is_sparse:
-                self._sparse_norms(tensor.coalesce(), block, outs[which])
-            else:
-                unit_norms_(block.view(tensor), block.reduced, outs[which])
-
-    def _sparse_norms(self, grad: Tensor, block: Block, out: Tensor) -> None:
-        values = grad.values()
-        if not block.kept:
-            unit_norms_(values.flatten(), (0,), out)
-            return
-        norms = self._zeros(len(values))
-        unit_norms_(values, block.reduced, norms)
-        out.zero_().index_copy_(0, grad.indices()[0], norms)
+            self.of_grads.out.div_(grad_scale)
+        if weights is not None:
+            self.of_weights.fill(weights)
 
     def judge(self, fresh: bool) -> ClipStats | None:
         """Complete the sums over ranks and fill the coefficients; statistics on the way."""
@@ -188,13 +157,15 @@ class Vectors:
             grad, block, factor = grads[owner], self.plan.blocks[at], self.factors[at]
             if grad is None or (clipped is not None and not clipped[at] and not (bad and bad[at])):
                 continue
+            if factor.device != grad.device:
+                factor = factor.to(grad.device)
             if grad.is_sparse:
-                self._scale_sparse(grad, at)
+                self._scale_sparse(grad, factor, at)
                 continue
             view = block.view(grad)
             if clipped is None:
                 views.append(view)
-                factors.append(factor if grad.device == self.device else factor.to(grad.device))
+                factors.append(factor)
             elif 0 < _FEW * clipped[at] < block.units and (dim := _row_dim(block, view)) is not None:
                 scale_rows_(view, factor, dim, torch.nonzero(factor.flatten() < 1).flatten())
             elif clipped[at]:
@@ -204,13 +175,17 @@ class Vectors:
         if views:
             torch._foreach_mul_(views, factors)  # pyright: ignore[reportPrivateImportUsage]
 
-    def _scale_sparse(self, grad: Tensor, at: int) -> None:
-        # Scaling is linear, so the entries of a gradient that is not coalesced can be scaled one by one.
+    def _scale_sparse(self, grad: Tensor, factor: Tensor, at: int) -> None:
+        # Scaling is linear, so the entries of a gradient that is not coalesced can be scaled one by one. Not in place:
+        # autograd lets two embeddings whose outputs are added share the memory of their values.
         values, rows = grad._values(), grad._indices()[0]
         shape = (-1, *[1] * (values.ndim - 1))
-        values.mul_(self.factors[at].flatten()[rows].view(shape))
+        values = (values * factor.flatten()[rows].view(shape)).to(values.dtype)
         if self.config.on_nonfinite == "zero":
-            values.masked_fill_(self._bad(at).flatten()[rows].view(shape), 0)
+            values.masked_fill_(self._bad(at).to(values.device).flatten()[rows].view(shape), 0)
+        grad.data = torch.sparse_coo_tensor(
+            grad._indices(), values, grad.shape, is_coalesced=grad.is_coalesced(), check_invariants=False
+        )
 
     def _bad(self, at: int) -> Tensor:
         assert self.bad is not None
@@ -243,10 +218,6 @@ class _BoundStage:
         )
         self.thresholds: Tensor | float = math.inf
         self.weight = torch.empty(0, device=device)
-
-
-def _dense(tensor: Tensor) -> Tensor:
-    return tensor.coalesce().values() if tensor.is_sparse else tensor
 
 
 def _broadcast(block: Block) -> tuple[int, ...]:

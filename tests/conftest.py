@@ -6,12 +6,14 @@ Two channels on purpose. A rank that fails leaves the others waiting in a gloo c
 they then fail too, all ranks meet in MPI, tell each other what happened, fail alike, and go on with a fresh group.
 """
 
+import math
 import os
 import sys
 import time
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -37,6 +39,7 @@ class World:
     control: Any = field(repr=False)  # the MPI communicator
     store: TCPStore | None = field(default=None, repr=False)
     meshes: dict[tuple[tuple[int, ...], tuple[str, ...]], DeviceMesh] = field(default_factory=dict, repr=False)
+    folder: TemporaryDirectory[str] = field(default_factory=TemporaryDirectory, repr=False)
 
     def mesh(self, shape: tuple[int, ...] | None = None, names: tuple[str, ...] = ("dp",)) -> DeviceMesh:
         """A CPU mesh over all ranks, made once per session: every mesh costs sockets and threads."""
@@ -92,6 +95,9 @@ class World:
             WORLD_SIZE=str(self.size),
             LOCAL_WORLD_SIZE=str(self.size),
         )
+        # Groups of meshes have a timeout of their own: 30 minutes, in which pytest-timeout would end the whole run.
+        dist.distributed_c10d.default_pg_timeout = GROUP_TIMEOUT
+        os.environ["DEEPSPEED_TIMEOUT"] = str(math.ceil(GROUP_TIMEOUT.total_seconds() / 60))
         dist.init_process_group("gloo", store=self.store, rank=self.rank, world_size=self.size, timeout=GROUP_TIMEOUT)
 
     def stop(self) -> None:
@@ -113,6 +119,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
     world = World(MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size, MPI.COMM_WORLD)
     config.stash[_world] = world
+    # Ranks that share pytest's folder clear away each other's remains while they look at them.
+    config.option.basetemp = config.option.basetemp or world.folder.name
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     world.start()
@@ -130,6 +138,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     if world is not None:
         world.gather(None)  # mpirun ends the job at the first failing exit: not before rank 0 has printed
         world.stop()
+        world.folder.cleanup()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

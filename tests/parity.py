@@ -37,7 +37,6 @@ def check_training(
     *,
     share: tuple[int, int] | None = None,
     all_reduces: int,
-    pending: int = 0,
     weights: Tensors = full_weights,
     grads: Tensors = full_grads,
     lr: float = 0.1,
@@ -56,7 +55,6 @@ def check_training(
         twin: the same model, not sharded, in float64.
         share: (place, places) of this rank's share of the batch; by default its rank among all.
         all_reduces: how many collectives clipping may take from its second call on; there must be no others.
-        pending: gradients that the framework leaves to be summed over ranks, one functional all-reduce each.
         weights, grads: full tensors by name.
         backward: given the step, runs forward and backward in place of the usual way.
         tolerance: of one clipping, on every element of every gradient; ``drift``: of the weights in the end,
@@ -89,8 +87,9 @@ def check_training(
             assert hook.stats.units == references[step].units
             assert drift is None or int(hook.stats.clipped_units) == references[step].clipped_units, f"step {step}"
             if step:
-                wanted = {"allreduce_": all_reduces, "all_reduce": pending}
-                assert seen.counts == {k: n for k, n in wanted.items() if n}, f"step {step}: {seen.counts}"
+                assert seen.counts == ({"allreduce_": all_reduces} if all_reduces else {}), (
+                    f"step {step}: {seen.counts}"
+                )
     final = {name: p.detach() for name, p in twin.named_parameters() if p.requires_grad}
     error = worst_distance(weights(model), final)
     assert drift is None or error <= drift, f"worst relative error of a parameter after {STEPS} steps: {error:.3g}"

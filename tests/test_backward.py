@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed._composable.replicate import replicate
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel as DDP
@@ -157,6 +158,9 @@ def test_ddp_and_fsdp1_are_refused(world: Any) -> None:
     model = DDP(nn.Linear(3, 2))
     with pytest.raises(ValueError, match="DistributedDataParallel reduces gradients after"):
         dist_agc.attach(model, during_backward=True)
+    for hidden in (model.module, list(model.parameters()), replicate(nn.Linear(3, 2))):
+        with pytest.raises(ValueError, match="DistributedDataParallel reduces gradients after"):
+            dist_agc.attach(hidden, during_backward=True)
     model = FSDP(nn.Linear(3, 2), device_id=torch.device("cpu"), use_orig_params=True)
     with pytest.raises(ValueError, match="FSDP1 hands over"):
         dist_agc.attach(model, torch.optim.SGD(model.parameters(), lr=0.1), during_backward=True)
@@ -182,6 +186,28 @@ def test_accumulation_is_refused() -> None:
     model(x).sum().backward()
     hook.remove()
     model(x).sum().backward()
+
+
+def test_parameters_that_are_frozen_and_unfrozen_later() -> None:
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2), nn.Linear(2, 2))
+    model[0].requires_grad_(False)
+    hook = dist_agc.attach(model, during_backward=True, clipping_threshold=1e-3)
+    x = torch.ones(1, 3)
+    model(x).sum().backward()
+    assert hook.stats is not None and hook.stats.units == 6
+    model[1].requires_grad_(False)
+    model.zero_grad()
+    model(x).sum().backward()
+    assert hook.stats.units == 3 and set(hook.stats.per_parameter) == {"2.weight", "2.bias"}
+    model[0].requires_grad_(True)
+    model.zero_grad()
+    with pytest.raises(RuntimeError, match=r"'0\.weight' was frozen when AGC was attached.*attach again"):
+        model(x).sum().backward()
+    hook.remove()
+    model.zero_grad()
+    with dist_agc.attach(model, during_backward=True, clipping_threshold=1e-3) as hook:
+        model(x).sum().backward()
+        assert hook.stats is not None and hook.stats.units == 6
 
 
 def test_a_loss_scale_is_refused() -> None:

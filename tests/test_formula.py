@@ -269,19 +269,6 @@ def test_any_strides(weights: str, grads: str, module: str) -> None:
     assert (grad.stride(), grad.data_ptr()) == (layout, where)
 
 
-def test_an_expanded_gradient_is_clipped_or_refused() -> None:
-    """A gradient whose elements share memory cannot be scaled unit by unit: clipping it in place would scale twice."""
-    module = Holder(torch.ones(3, 4), None)
-    grad = torch.full((1, 4), 8.0).expand(3, 4)
-    module.weight.grad = grad
-    try:
-        helpers.agc(module, 0.5)
-    except (ValueError, RuntimeError):
-        assert module.weight.grad is grad and grad[0].tolist() == [8.0] * 4
-    else:
-        assert helpers.full_grads(module)["weight"].tolist() == pytest.approx([[0.5] * 4] * 3)
-
-
 class TestNonfinite:
     """A unit with a bad gradient is kept, raised for, or zeroed; its neighbours are clipped as if it were not there."""
 

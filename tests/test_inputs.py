@@ -307,6 +307,33 @@ def test_an_unknown_layout_names_the_parameter_and_touches_nothing(model) -> Non
         dist_agc.apply_agc(parameters, clipping_threshold=0.01)
 
 
+def test_an_unknown_layout_that_is_frozen_does_no_harm(model) -> None:
+    """Quantised base weights below trained adapters."""
+    odd = Strange.make((2, 2)).requires_grad_(False)
+    parameters = [*model.named_parameters(), ("odd.weight", odd)]
+    clipper = dist_agc.Clipper(parameters, clipping_threshold=0.01, exclude="odd.*", dry_run=True)
+    stats = clipper.clip()
+    assert stats is not None and stats.units > 0 and "odd.weight" not in stats.per_parameter
+    odd.requires_grad_(True)
+    with pytest.raises(ValueError, match="odd.weight.*Strange"):
+        clipper.clip()
+
+
+def test_an_expanded_gradient_touches_nothing(model) -> None:
+    extra = nn.Parameter(torch.ones(3, 4))
+    extra.grad = torch.full((1, 4), 8.0).expand(3, 4)
+    with pytest.raises(ValueError, match=r"'extra' has a gradient with several elements in one place.*clone\(\)"):
+        dist_agc.apply_agc([*model.named_parameters(), ("extra", extra)], clipping_threshold=1e-4)
+    assert extra.grad.tolist() == [[8.0] * 4] * 3
+
+
+def test_two_parameters_under_one_name(model) -> None:
+    other = nn.Linear(3, 2)
+    pairs = [*other.named_parameters(), *nn.Linear(2, 2).named_parameters()]
+    with pytest.raises(ValueError, match="'weight' names more than one parameter"):
+        dist_agc.apply_agc(pairs, clipping_threshold=0.01)
+
+
 def test_a_gradient_of_another_layout_touches_nothing(model) -> None:
     """Refused in the first of the two phases, at the last parameter, when all others would have been clipped."""
     with warnings.catch_warnings():

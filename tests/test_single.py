@@ -16,6 +16,7 @@ import dist_agc
 import helpers
 import models
 import oracle
+from dist_agc.layouts import make_fragments
 
 STEPS = 4
 LR = 0.1
@@ -397,6 +398,18 @@ class TestSparse:
         expected = helpers.reference(model, oracle.unit_rules(model), 30.0, exclude=("0.weight",))
         helpers.assert_clipped(model, helpers.agc(model, 30.0, exclude="0.*"), expected)
 
+    def test_embeddings_that_are_added_share_the_memory_of_their_gradients(self) -> None:
+        """Autograd hands both the same values: scaled in place, they would be scaled twice."""
+        torch.manual_seed(4)
+        model = nn.ModuleDict({"token": nn.Embedding(9, 4, sparse=True), "place": nn.Embedding(9, 4, sparse=True)})
+        embedded = model["token"](torch.tensor([1, 5, 7])) + model["place"](torch.tensor([1, 5, 7]))
+        (embedded * torch.tensor([[0.5], [1.5], [30.0]])).sum().backward()
+        token, place = (p.grad for p in model.parameters())
+        assert token is not None and place is not None
+        assert token._values().data_ptr() == place._values().data_ptr(), "else the case shows nothing"
+        expected = helpers.reference(model, oracle.unit_rules(model), 2.0)
+        helpers.assert_clipped(model, helpers.agc(model, 2.0), expected)
+
     def test_a_sparse_gradient_without_rows(self) -> None:
         model = self.model(repeats=False)
         embedding = model[0].weight
@@ -651,6 +664,37 @@ class TestModels:
                 names = [n for n in oracle.unit_rules(model) if exclude and n.startswith("conv.")]
                 expected = helpers.reference(model, oracle.unit_rules(model), threshold, exclude=names)
                 helpers.assert_clipped(model, helpers.agc(model, threshold, exclude=exclude), expected)
+
+    def test_a_scheduled_threshold_plans_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        made = []
+        monkeypatch.setattr(dist_agc.clipper, "make_fragments", lambda *a: made.append(1) or make_fragments(*a))
+        model = models.awkward()
+        for step in range(4):
+            model.zero_grad()
+            backward(model)
+            threshold = 0.1 * 2**step
+            expected = helpers.reference(model, oracle.unit_rules(model), threshold)
+            helpers.assert_clipped(model, helpers.agc(model, threshold), expected)
+        assert len(made) == 1
+
+    def test_no_holders_are_not_all_holders(self) -> None:
+        model = nn.Linear(3, 2)
+        helpers.noisy_grads(model)
+        raw = helpers.full_grads(model)
+        clipper = dist_agc.Clipper(model, clipping_threshold=1e-3)
+        for holders, units in (([], 0), (None, 3), ([], 0)):
+            stats = clipper.clip(holders)
+            assert stats is not None and (stats.units, int(stats.clipped_units) > 0) == (units, units > 0)
+            assert torch.equal(helpers.full_grads(model)["weight"], raw["weight"]) == (holders == [])
+            raw = helpers.full_grads(model)
+
+    def test_a_module_with_two_names_in_one_parent(self) -> None:
+        layer = nn.Linear(3, 3)
+        model = nn.Sequential(layer, nn.ReLU(), layer)
+        helpers.noisy_grads(model)
+        raw = helpers.full_grads(model)
+        assert helpers.agc(model, 1e-3, exclude=("2.*",)).units == 0
+        assert helpers.worst_relative_error(helpers.full_grads(model), raw) == 0.0
 
     def test_weights_moved_by_data_or_by_loading(self) -> None:
         """The plan keeps no old storage: new data under the same parameter is what counts."""

@@ -97,6 +97,41 @@ def test_a_subclass_has_the_rule_of_its_class() -> None:
     helpers.assert_clipped(module, helpers.agc(module, threshold), expected)
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("new", [True, False], ids=["parametrization", "weight_norm"])
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated:FutureWarning")
+def test_a_weight_made_of_others_keeps_its_rule(new: bool, groups: int) -> None:
+    """Its direction has the weight's shape and so its units; its magnitude, of another shape, has units by dim 0."""
+    normalise = nn.utils.parametrizations.weight_norm if new else nn.utils.weight_norm
+    module = normalise(nn.ConvTranspose2d(4, 6, 2, groups=groups), dim=1)
+    size, direction = ("original0", "original1") if new else ("weight_g", "weight_v")
+    prefix = "parametrizations.weight." if new else ""
+    rules = {
+        "bias": oracle.Units(()),
+        f"{prefix}{size}": oracle.Units((0,)),  # (1, 6 / groups, 1, 1)
+        f"{prefix}{direction}": oracle.Units((1,), groups=groups),
+    }
+    helpers.noisy_grads(module)
+    threshold = helpers.median_threshold(module, rules)
+    expected = helpers.reference(module, rules, threshold)
+    assert expected.units == 1 + 1 + 6
+    helpers.assert_clipped(module, helpers.agc(module, threshold), expected)
+
+
+def test_other_parameters_of_a_transposed_convolution_are_rows() -> None:
+    class Extended(nn.ConvTranspose2d):
+        def __init__(self) -> None:
+            super().__init__(4, 6, 2, groups=2)
+            self.extra = nn.Parameter(torch.randn(3, 5))
+
+    module = Extended()
+    helpers.noisy_grads(module)
+    rules = {**oracle.unit_rules(module), "extra": oracle.Units((0,))}
+    threshold = helpers.median_threshold(module, rules)
+    expected = helpers.reference(module, rules, threshold)
+    helpers.assert_clipped(module, helpers.agc(module, threshold), expected)
+
+
 @pytest.mark.parametrize(
     ("shape", "dims"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -11,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..config import AGCConfig
-from ..fragments import Axis, Fragment, Pieces
+from ..fragments import Axis, Fragment, Pieces, Sums
 from ..names import Named, named_parameters
 from ..units import UnitRule, unit_rules
 
@@ -57,7 +58,7 @@ def place(model: nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]]) ->
 
     Raises:
         TypeError: it holds something other than parameters.
-        ValueError: it holds no parameter, or one whose layout is not known.
+        ValueError: it holds no parameter, or two under one name.
     """
     if isinstance(model, nn.Module):
         from . import dtensor, fsdp1, replicated
@@ -90,6 +91,9 @@ def _listed(parameters: Iterable[Tensor] | Iterable[tuple[str, Tensor]]) -> list
         if not isinstance(name, str) or not isinstance(parameter, Tensor):
             raise TypeError(f"expected parameters or (name, parameter) pairs, got {type(entry).__name__} at place {i}.")
         found.setdefault(id(parameter), Named((name,), parameter))
+    twice = [name for name, count in Counter(n.name for n in found.values()).items() if count > 1]
+    if twice:
+        raise ValueError(f"{twice[0]!r} names more than one parameter: give each a name of its own.")
     return list(found.values())
 
 
@@ -100,33 +104,60 @@ def select(named: Named, copies: tuple[Axis, ...] = ()) -> Layout:
     from . import dtensor, replicated
 
     parameter = named.parameter
-    if isinstance(parameter, nn.parameter.UninitializedParameter):
-        raise ValueError(f"parameter {named.name!r} has no shape yet: run one forward pass before clipping.")
     if isinstance(parameter, DTensor):
         return dtensor.Sharded(named.name, parameter)
+    problem = _unknown(parameter)
+    return replicated.Replicated(parameter, copies) if problem is None else Unknown(named.name, parameter, problem)
+
+
+def _unknown(parameter: Tensor) -> str | None:
+    """Why it cannot be told where the pieces of a parameter lie; None for a plain tensor."""
+    if isinstance(parameter, nn.parameter.UninitializedParameter):
+        return "has no shape yet: run one forward pass before clipping"
     if getattr(parameter, "_fsdp_flattened", False):
-        raise ValueError(
-            f"parameter {named.name!r} is a piece of an FSDP1 flat parameter, whose place only the module knows: "
-            "pass the FullyShardedDataParallel module itself, not its parameters."
+        return (
+            "is a piece of an FSDP1 flat parameter, whose place only the module knows: pass the "
+            "FullyShardedDataParallel module itself, not its parameters"
         )
     if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
-        raise ValueError(
-            f"parameter {named.name!r} is sharded by DeepSpeed: pass the engine, dist_agc.attach(engine), so that "
-            "clipping runs on the fp32 partitions inside engine.step()."
+        return (
+            "is sharded by DeepSpeed: pass the engine, dist_agc.attach(engine), so that clipping runs on the fp32 "
+            "partitions inside engine.step()"
         )
     if hasattr(type(parameter), "__tensor_flatten__"):  # a tensor made of other tensors
-        raise ValueError(
-            f"parameter {named.name!r} is a {type(parameter).__name__}, a layout that dist_agc does not know; known "
-            "are plain tensors (DDP), DTensor (FSDP2, tensor parallel), FSDP1 and DeepSpeed ZeRO."
+        return (
+            f"is a {type(parameter).__name__}, a layout that dist_agc does not know; known are plain tensors (DDP), "
+            "DTensor (FSDP2, tensor parallel), FSDP1 and DeepSpeed ZeRO"
         )
-    return replicated.Replicated(parameter, copies)
+    return None
+
+
+@dataclass(frozen=True, eq=False)
+class Unknown:
+    """A parameter that cannot be clipped; an error only where it is trained (quantised base weights are not)."""
+
+    name: str
+    holder: Tensor
+    problem: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        uninitialized = isinstance(self.holder, nn.parameter.UninitializedParameter)
+        return () if uninitialized else tuple(self.holder.shape)
+
+    def local(self, tensor: Tensor) -> Tensor:
+        raise ValueError(f"parameter {self.name!r} {self.problem}.")
+
+    def pieces(self, rule: UnitRule | None) -> Pieces:
+        raise ValueError(f"parameter {self.name!r} {self.problem}.")
 
 
 def make_fragments(placed: Sequence[Placed], config: AGCConfig) -> list[Fragment]:
     """The fragments of every trainable parameter, in order.
 
     Raises:
-        ValueError: a pattern matches nothing, a unit rule does not fit, or a layout cannot be cut into its units.
+        ValueError: a pattern matches nothing, a unit rule does not fit, or a layout is not known or cannot be cut into
+            its units.
     """
     rules = unit_rules([p.named for p in placed], [p.layout.shape for p in placed], config)
     fragments = []
@@ -143,6 +174,7 @@ def make_fragments(placed: Sequence[Placed], config: AGCConfig) -> list[Fragment
                 layout.local,
                 torch.Size(layout.shape).numel(),
                 getattr(layout, "copies", ()),
+                layout if isinstance(layout, Sums) else None,
             )
         )
     return fragments

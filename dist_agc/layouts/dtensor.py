@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.placement_types import Placement, Replicate, Shard
+from torch.distributed.tensor.placement_types import Partial, Placement, Replicate, Shard
 
 from ..fragments import Axis, Pieces, chunk, excluded, sharded
 from ..units import UnitRule
@@ -81,28 +81,39 @@ class Sharded:
                 f"DTensor with placements {self.holder.placements}."
             )
         if tensor.placements != self.holder.placements:
-            tensor = self._reduced(tensor)
+            self.pending(tensor)
         return tensor.to_local()
 
-    def _reduced(self, tensor: DTensor) -> DTensor:
-        """The gradient with the parameter's placements, where a sum over ranks is all that it lacks.
+    def pending(self, grad: Tensor) -> tuple[Axis, ...]:
+        """The axes along which a gradient still is each rank's share of a sum, where the parameter is replicated.
 
-        Tensor parallelism without FSDP2 leaves such gradients on replicated parameters (SequenceParallel's norms), for
-        the optimizer to reduce. Done here it is done once, and the sum stands for the parts from now on.
+        Tensor parallelism without FSDP2 leaves such gradients (SequenceParallel's norms), for the optimizer to reduce.
+
+        Raises:
+            ValueError: the gradient lies elsewhere than its parameter in another way.
         """
-        pending = zip(tensor.placements, self.holder.placements, strict=False)
-        if tensor.device_mesh != self.holder.device_mesh or not all(
-            mine == wanted or (mine.is_partial() and isinstance(wanted, Replicate)) for mine, wanted in pending
+        assert isinstance(grad, DTensor)
+        mesh, wanted = self.holder.device_mesh, self.holder.placements
+        axes = [axis for axis, pair in enumerate(zip(grad.placements, wanted, strict=False)) if pair[0] != pair[1]]
+        if grad.device_mesh != mesh or any(
+            grad.placements[axis] != Partial("sum") or not isinstance(wanted[axis], Replicate) for axis in axes
         ):
             raise ValueError(
-                f"parameter {self.name!r} has placements {self.holder.placements} and its gradient "
-                f"{tensor.placements}: redistribute the gradient to the parameter's placements before clipping (a "
-                "Partial gradient of a sharded parameter still waits for its reduction)."
+                f"parameter {self.name!r} has placements {wanted} and its gradient {grad.placements}: redistribute the "
+                "gradient to the parameter's placements before clipping (a Partial gradient of a sharded parameter "
+                "still waits for its reduction)."
             )
-        whole = tensor.redistribute(placements=self.holder.placements)
-        if tensor is self.holder.grad:
-            self.holder.grad = whole
-        return whole
+        return tuple(mesh_axis(mesh, axis) for axis in axes if mesh.size(axis) > 1)
+
+    def settle(self, total: Tensor) -> None:
+        """Put the sum in the place of this rank's share, in the same memory."""
+        share, holder = self.holder.grad, self.holder
+        assert isinstance(share, DTensor)
+        local = share.to_local()
+        local.copy_(total)
+        holder.grad = DTensor.from_local(
+            local, holder.device_mesh, holder.placements, run_check=False, shape=holder.shape, stride=holder.stride()
+        )
 
     def pieces(self, rule: UnitRule | None) -> Pieces:
         if rule is None:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..fragments import Axis, Pieces, excluded, interval
-from ..names import Named, module_paths, named_parameters
+from ..names import Named, module_paths, named_parameters, parametrized
 from ..units import UnitRule
 from . import Placed, group_axis
 from .replicated import Replicated
@@ -95,13 +95,16 @@ def place(model: nn.Module) -> list[Placed]:
     for path, module in module_paths(model):
         paths.setdefault(id(module), []).append(path)
     named = {id(n.parameter): n for n in named_parameters(model)}
+    made_for = parametrized(model)
     placed = []
     for module in FullyShardedDataParallel.fsdp_modules(model):
         handle = _read(module, "_handle")
         if handle is not None:
-            # Only hybrid sharding has the attribute.
+            if "HYBRID" in _read(module, "sharding_strategy").name:
+                _read(module, "_inter_node_pg")  # an attribute that only hybrid sharding has
             between = getattr(module, "_inter_node_pg", None)
-            placed += _flat(handle, paths, named, () if between is None else (group_axis(between),))
+            copies = () if between is None else (group_axis(between),)
+            placed += _flat(handle, paths, named, made_for, copies)
     return placed
 
 
@@ -117,7 +120,11 @@ def _read(owner: Any, attribute: str) -> Any:
 
 
 def _flat(
-    handle: Any, paths: dict[int, list[str]], named: dict[int, Named], copies: tuple[Axis, ...]
+    handle: Any,
+    paths: dict[int, list[str]],
+    named: dict[int, Named],
+    made_for: dict[int, nn.Module],
+    copies: tuple[Axis, ...],
 ) -> Iterator[Placed]:
     flat: Any = _read(handle, "flat_param")
     meta = {attribute: _read(flat, attribute) for attribute in _METADATA}
@@ -145,7 +152,8 @@ def _flat(
         stop = max(min(first + shard - offset, numel), start)
         holder = flat if originals is None else originals[i]
         entry = named.get(id(holder)) if originals is not None else None
-        entry = entry or Named(_names(info, meta, paths), holder, weakref.ref(info.module))
+        owner = made_for[id(info.module)] if id(info.module) in made_for else info.module
+        entry = entry or Named(_names(info, meta, paths), holder, weakref.ref(owner))
         yield Placed(
             entry,
             FlatShard(

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 
 import dist_agc
 import oracle
-from helpers import agc, assert_clipped, assert_equal_everywhere, full
+from helpers import agc, assert_clipped, assert_equal_everywhere, collectives, full, worst_relative_error
 from models import awkward
 from parallel import parallel, sequence_loss, sequences, tensor_parallel
 from parity import check_one_clip, check_training
@@ -85,14 +85,13 @@ def test_hsdp(world: Any, which: int) -> None:
 # ------------------------------------------------------------------------------------------------- tensor parallel
 
 
-def check_parallel(world: Any, model: nn.Module, share: tuple[int, int], all_reduces: int, pending: int = 0) -> None:
+def check_parallel(world: Any, model: nn.Module, share: tuple[int, int], all_reduces: int) -> None:
     check_training(
         world,
         model,
         parallel(torch.float64),
         share=share,
         all_reduces=all_reduces,
-        pending=pending,
         clipping_threshold=0.03,
         batches=sequences,
         loss=sequence_loss,
@@ -101,8 +100,8 @@ def check_parallel(world: Any, model: nn.Module, share: tuple[int, int], all_red
 
 def test_tensor_parallel(world: Any) -> None:
     model = tensor_parallel(parallel(), world.mesh(names=("tp",)))
-    # SequenceParallel leaves the sums of the norm's two gradients to the optimizer.
-    check_parallel(world, model, (0, 1), all_reduces=1, pending=2)
+    # SequenceParallel leaves the sums of the norm's two gradients to the optimizer: they go into one collective.
+    check_parallel(world, model, (0, 1), all_reduces=2)
 
 
 @pytest.mark.parametrize("which", range(3))
@@ -249,9 +248,76 @@ def pending_sums(world: Any, placement: Any) -> tuple[nn.Module, torch.Tensor]:
     layer = distribute(nn.Linear(4, 6, bias=False), world.mesh(), {"weight": [placement]})
     torch.manual_seed(8)
     shares = torch.randn(world.size, 6, 4) * torch.tensor([0.01, 9.0, 0.01, 9.0, 9.0, 0.01])[:, None]
-    weight: Any = layer.weight
-    weight.grad = DTensor.from_local(shares[world.rank], world.mesh(), [Partial()], run_check=False)
+    give(world, layer.weight, shares)
     return layer, shares
+
+
+def give(world: Any, weight: Any, shares: torch.Tensor) -> None:
+    """Each rank its own share, in memory of its own."""
+    weight.grad = DTensor.from_local(shares[world.rank].clone(), world.mesh(), [Partial()], run_check=False)
+
+
+def share_of(weight: Any) -> torch.Tensor:
+    assert weight.grad.placements == (Partial(),), "still a share"
+    return weight.grad.to_local()
+
+
+def test_pending_sums_wait_for_ranks_without_a_gradient(world: Any) -> None:
+    """The sequence of collectives does not follow from which gradients exist; a rank without one adds zeros."""
+    layer, shares = pending_sums(world, Replicate())
+    layer.register_parameter("gain", nn.Parameter(torch.ones(3)))
+    weight: Any = layer.weight
+    clipper = dist_agc.Clipper(layer, clipping_threshold=0.5)
+    for missing in (1, None, 0):  # also in the very first call
+        give(world, weight, shares)
+        share = share_of(weight)
+        if world.rank == missing:
+            layer.zero_grad()
+        present = [shares[rank] for rank in range(world.size) if rank != missing]
+        expected = oracle.clip(
+            {"weight": full(weight), "gain": full(layer.gain)},  # type: ignore[arg-type]
+            {"weight": torch.stack(present).sum(0)},
+            {"weight": oracle.Units((0,)), "gain": oracle.Units(())},
+            0.5,
+        )
+        with collectives() as seen:
+            clipper.clip()
+        world.check((missing == 1) or seen.counts == {"allreduce_": 1}, str(seen.counts))
+        if world.rank == missing:
+            world.check(weight.grad is None)
+            continue
+        world.check(weight.grad.placements == (Replicate(),), "the sum took the place of the share")
+        error = worst_relative_error({"weight": share.double()}, {"weight": expected.grads["weight"]})
+        assert error <= 1e-6, "in the memory of the share"
+
+
+def test_pending_sums_stay_where_nothing_is_clipped(world: Any) -> None:
+    """Until everything was checked, and in a dry run, every gradient is as it was."""
+    layer, shares = pending_sums(world, Replicate())
+    measured = agc(layer, clipping_threshold=0.5, dry_run=True)
+    assert torch.equal(share_of(layer.weight), shares[world.rank])
+    assert int(measured.clipped_units) == int(agc(layer, clipping_threshold=0.5).clipped_units) > 0
+
+    layer, shares = pending_sums(world, Replicate())
+    if world.rank == 0:
+        share_of(layer.weight)[2, 1] = float("inf")
+    with pytest.raises(FloatingPointError, match="in weight; no gradient was changed"):
+        agc(layer, clipping_threshold=0.5, on_nonfinite="raise")
+    assert torch.equal(share_of(layer.weight)[3:], shares[world.rank, 3:])
+
+    layer, shares = pending_sums(world, Replicate())
+    layer.register_parameter("later", nn.Parameter(torch.ones(2, 3)))
+    layer.later.grad = torch.ones(1, 3).expand(2, 3)  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match="'later' has a gradient with several elements in one place"):
+        agc(layer, clipping_threshold=0.5)
+    assert torch.equal(share_of(layer.weight), shares[world.rank])
+
+
+def test_pending_sums_of_excluded_parameters_stay_for_the_optimizer(world: Any) -> None:
+    layer, shares = pending_sums(world, Replicate())
+    stats = agc(layer, clipping_threshold=0.5, exclude="weight")
+    assert float(stats.grad_norm) == pytest.approx(float(shares.sum(0).norm()), rel=1e-6)
+    assert torch.equal(share_of(layer.weight), shares[world.rank])
 
 
 # ------------------------------------------------------------------------------------------------- what is refused

@@ -1,0 +1,100 @@
+"""The norms of all local units in one vector: every tensor is read once."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .fragments import Block
+from .norms import is_small, takes_one_kernel, unit_norms_, vector_norm
+
+Kind = tuple[tuple[int, ...], torch.dtype]
+
+
+class Norms:
+    """Where the norms of blocks go.
+
+    Args:
+        blocks: one number for each of their units, block after block.
+        owners: which of the tensors each block is a part of.
+        samples: tensors of the shapes, devices and kinds that will be measured.
+        out: the vector, shape (units of all blocks,).
+    """
+
+    def __init__(self, blocks: Sequence[Block], owners: Sequence[int], samples: Sequence[Tensor], out: Tensor) -> None:
+        self.out = out
+        offsets = [0, *itertools.accumulate(block.units for block in blocks)]
+        alone, self._several = [], []
+        for block, owner, start, stop in zip(blocks, owners, offsets, offsets[1:], strict=False):
+            part = block.part(samples[owner])
+            if block.units == 1 and part.device == out.device and not part.is_complex() and is_small(part):
+                alone.append((tuple(part.shape), start, owner, block))
+            else:
+                self._several.append((owner, block, out[start:stop].view(block.kept)))
+        # Blocks of one unit, biases and gains above all, are measured together, on CPU those of one shape at a time.
+        alone.sort(key=lambda entry: entry[:2])
+        self._alone = [(owner, block) for _, _, owner, block in alone]
+        self._alone_at = torch.tensor([start for _, start, _, _ in alone], dtype=torch.int64, device=out.device)
+        shapes = [list(found) for _, found in itertools.groupby(shape for shape, *_ in alone)]
+        self._groups = [] if out.device.type != "cpu" else [(found[0], len(found)) for found in shapes]
+        self._nothing = out.new_zeros(())
+        # Strides and dtype of the tensors that a single kernel was found to measure well.
+        self._easy: list[Kind | None] = [None] * len(self._several)
+
+    def fill(self, tensors: Sequence[Tensor | None]) -> None:
+        """Measure local tensors; None counts as zeros."""
+        if any(tensor is None for tensor in tensors):
+            self.out.zero_()
+        if self._alone:
+            self.out.index_copy_(0, self._alone_at, self._small(tensors))
+        for at, (owner, block, out) in enumerate(self._several):
+            tensor = tensors[owner]
+            if tensor is None:
+                continue
+            if tensor.is_sparse:
+                _sparse_norms(tensor.coalesce(), block, out)
+                continue
+            view = block.view(tensor)
+            kind = view.stride(), view.dtype
+            if kind == self._easy[at]:
+                vector_norm(view, block.reduced, out)
+                continue
+            self._easy[at] = kind if takes_one_kernel(view, block.reduced, out) else None
+            unit_norms_(view, block.reduced, out)
+
+    def _small(self, tensors: Sequence[Tensor | None]) -> Tensor:
+        parts = [
+            self._nothing if (tensor := tensors[owner]) is None else block.part(_dense(tensor))
+            for owner, block in self._alone
+        ]
+        if not self._groups:
+            norms = torch._foreach_norm(parts, 2, self.out.dtype)  # pyright: ignore[reportPrivateImportUsage]
+            return torch.stack(norms)
+        norms, at = torch.empty(len(parts), dtype=self.out.dtype), 0
+        for shape, count in self._groups:
+            some = [part if part is not self._nothing else part.expand(shape) for part in parts[at : at + count]]
+            torch.linalg.vector_norm(
+                torch.stack(some).view(count, -1), 2, 1, dtype=self.out.dtype, out=norms[at : at + count]
+            )
+            at += count
+        return norms
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    if not tensor.is_sparse:
+        return tensor
+    # On CPU the tensor is small and has to have the shape of the others that it is measured with.
+    return tensor.to_dense() if tensor.is_cpu else tensor.coalesce().values()
+
+
+def _sparse_norms(grad: Tensor, block: Block, out: Tensor) -> None:
+    values = grad.values()
+    if not block.kept:
+        unit_norms_(values.flatten(), (0,), out)
+        return
+    norms = out.new_zeros(len(values))
+    unit_norms_(values, block.reduced, norms)
+    out.zero_().index_copy_(0, grad.indices()[0], norms)
