@@ -92,6 +92,8 @@ class AGCConfig:
         statistics: make statistics, global in the same collective. False saves that payload, and the collective too
             where no unit is split; ``clip()`` then returns None.
         weight_norm_interval: measure the weight norms every so many calls and reuse them in between. 1 is exact.
+        compile: fuse what is computed between the norms and the scaling with ``torch.compile``. Meant for
+            accelerators, where it saves launches; on a CPU it gains nothing (docs/performance.md).
 
     Raises:
         TypeError: a value of the wrong type, an unknown name.
@@ -114,6 +116,7 @@ class AGCConfig:
     dry_run: bool = False
     statistics: bool = True
     weight_norm_interval: int = 1
+    compile: bool = False
 
     def __post_init__(self) -> None:
         # A frozen dataclass stores its normalised values this way.
@@ -128,7 +131,7 @@ class AGCConfig:
         store(self, "units", _check_units(self.units))
         if self.on_nonfinite not in ON_NONFINITE:
             raise ValueError(f"on_nonfinite must be one of {', '.join(ON_NONFINITE)}; got {self.on_nonfinite!r}.")
-        for name in ("dry_run", "statistics"):
+        for name in ("dry_run", "statistics", "compile"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}.")
         interval = self.weight_norm_interval

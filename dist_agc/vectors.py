@@ -53,6 +53,7 @@ class Vectors:
         self.split = plan.split.to(self.device)
         self.stages = [_BoundStage(stage, self.device, len(plan.fragments)) for stage in plan.stages]
         self.units = {f.name: f.rule.count for f in plan.governed if f.rule is not None}
+        self.coefficients = torch.compile(coefficients, dynamic=True) if config.compile else coefficients
         self.asked: list[float] | None = None
         self.thresholds: Tensor | float = math.inf
 
@@ -69,6 +70,8 @@ class Vectors:
         self.asked = asked
         if len(set(asked)) <= 1:
             self.thresholds = asked[0] if asked else math.inf
+            if self.config.compile:  # a tensor, because torch.compile would compile anew for every other number
+                self.thresholds = torch.full((), self.thresholds, dtype=self.dtype, device=self.device)
             for stage in self.stages:
                 stage.thresholds = self.thresholds
             return
@@ -94,7 +97,7 @@ class Vectors:
 
     def judge(self, fresh: bool) -> ClipStats | None:
         """Complete the sums over ranks and fill the coefficients; statistics on the way."""
-        coefficient, ratio, finite = coefficients(self.weight, self.grad, self.thresholds, self.config.eps)
+        coefficient, ratio, finite = self.coefficients(self.weight, self.grad, self.thresholds, self.config.eps)
         sums = top = None
         if self.config.statistics:
             none = self.excluded.new_zeros(len(self.excluded), dtype=torch.float64)
@@ -135,7 +138,7 @@ class Vectors:
         if fresh:
             bound.weight = weight.sqrt()
         grad = grad.sqrt()
-        factor, ratio, whole = coefficients(bound.weight, grad, bound.thresholds, self.config.eps)
+        factor, ratio, whole = self.coefficients(bound.weight, grad, bound.thresholds, self.config.eps)
         coefficient[bound.local] = factor[bound.slot]
         finite[bound.local] = whole[bound.slot]
         if len(stage.passing):

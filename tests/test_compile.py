@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import dist_agc
 import oracle
-from helpers import agc, assert_clipped, reference, trainable
+from helpers import agc, assert_clipped, median_threshold, noisy_grads, reference, trainable
 from models import awkward
 from parity import check_training
 
@@ -33,6 +33,21 @@ def _fresh() -> Iterator[None]:
     counters.clear()
     yield
     torch.compiler.reset()
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_compiled_arithmetic(layers: int) -> None:
+    """With the real compiler: the oracle's gradients, and one graph for all thresholds."""
+    model = nn.Sequential(*(nn.Linear(5, 5) for _ in range(layers)))
+    graphs = 0
+    for step, factor in enumerate((1.0, 0.7, 1.3)):
+        noisy_grads(model)
+        rules = oracle.unit_rules(model)
+        limit = factor * median_threshold(model, rules)
+        expected = reference(model, rules, limit)
+        assert_clipped(model, agc(model, limit, compile=True), expected)
+        graphs = graphs or counters["stats"]["unique_graphs"]
+        assert counters["stats"]["unique_graphs"] == graphs > 0, f"compiled again in step {step}"
 
 
 def in_place(model: nn.Module) -> nn.Module:
