@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -12,9 +13,12 @@ from torch import Tensor
 from .config import AGCConfig
 from .fragments import Axis, Fragment
 from .plan import Plan
-from .reduce import add_up, anywhere, check_agreement
+from .reduce import anywhere, check_agreement
+from .shares import Shares, pending
 from .stats import ClipStats
 from .vectors import Vectors
+
+T = TypeVar("T")
 
 
 class Part:
@@ -24,10 +28,8 @@ class Part:
         self.config = config
         self.plan = Plan(fragments, statistics=config.statistics)
         self._calls = 0
-        self._bound: Vectors | None = None
-        # By axis, the fragments whose gradients come as each rank's share of a sum: once agreed upon, each call adds
-        # them up, whatever gradients there are.
-        self._shared: dict[Axis, list[int]] = {}
+        self._shares = Shares({}, self.plan)
+        self._bound: list[_Bound] = []
 
     def clip(
         self,
@@ -41,26 +43,31 @@ class Part:
         default = config.clipping_threshold if clipping_threshold is None else clipping_threshold
         asked = [_threshold(thresholds.get(id(f.holder), default)) for f in plan.governed]
         weights, grads, problem = _local_tensors(plan.fragments)
-        shares = self._shares(grads)
-        if self._bound is None or any(set(found) - set(self._shared.get(axis, ())) for axis, found in shares.items()):
+        found = pending(plan.fragments, grads)
+        if not self._bound or not self._shares.cover(found):
             # A rank that is about to raise tells the others: at the first call, where most mistakes show, none waits.
             try:
-                self._agree(asked, shares, problem)
+                self._shares = self._agree(asked, found, problem)
             except RuntimeError as difference:
                 if problem is None:
                     raise
                 raise problem from difference
+            self._bound = []
         if problem is not None:
             raise problem
-        if self._bound is None:
-            self._bound = Vectors(plan, config, weights)
-        vectors = self._bound
-        summed = self._add_up(weights, grads)
-        vectors.set_thresholds(asked)
+        self._bound = self._bound or self._bind(weights)
         fresh = self._calls % config.weight_norm_interval == 0
         self._calls += 1
-        vectors.measure(weights if fresh else None, grads, grad_scale)
-        stats = vectors.judge(fresh)
+        self._shares.add_up(weights, grads)
+        riders = self._shares.riders(weights, grads)
+        parts = []
+        for i, bound in enumerate(self._bound):
+            if i:
+                self._shares.arrived(riders, grads)
+            bound.vectors.set_thresholds(bound.of(asked))
+            bound.vectors.measure(bound.of(weights) if fresh else None, bound.of(grads), grad_scale)
+            parts.append(bound.vectors.judge(fresh, {} if i else riders))
+        stats = ClipStats.merged(parts) if config.statistics else None
         if config.on_nonfinite == "raise" and stats is not None and stats.nonfinite_units > 0:
             bad = [name for name, of in stats.per_parameter.items() if of.nonfinite_units > 0]
             raise FloatingPointError(
@@ -69,33 +76,24 @@ class Part:
                 "units as they are, 'zero' zeroes them."
             )
         if not config.dry_run:
-            vectors.scale(grads)
-            for i in summed:
-                fragment, total = plan.fragments[i], grads[i]
-                if total is not None and fragment.sums is not None and fragment.rule is not None:
-                    fragment.sums.settle(total)
+            for bound in self._bound:
+                bound.vectors.scale(bound.of(grads))
+            self._shares.settle(grads)
         return stats
 
-    def _shares(self, grads: Sequence[Tensor | None]) -> dict[Axis, list[int]]:
-        """By axis, the fragments of which this rank holds a share of the gradient."""
-        found: dict[Axis, list[int]] = {}
-        for i, (fragment, grad) in enumerate(zip(self.plan.fragments, grads, strict=False)):
-            if grad is not None and fragment.sums is not None and fragment.copies:
-                assert fragment.holder.grad is not None
-                for axis in fragment.sums.pending(fragment.holder.grad):
-                    found.setdefault(axis, []).append(i)
-        return found
+    def _bind(self, weights: Sequence[Tensor]) -> list[_Bound]:
+        """The vectors; those of gradients that are sums only after the collectives of the others stand apart."""
+        plan, config = self.plan, self.config
+        late = {i for which in self._shares.late.values() for i in which}
+        if not late:
+            return [_Bound(Vectors(plan, config, weights), None)]
+        bound = []
+        for which in ([i for i in range(len(plan.fragments)) if i not in late], sorted(late)):
+            part = Plan([plan.fragments[i] for i in which], statistics=config.statistics)
+            bound.append(_Bound(Vectors(part, config, [weights[i] for i in which]), which))
+        return bound
 
-    def _add_up(self, weights: Sequence[Tensor], grads: list[Tensor | None]) -> list[int]:
-        """Put sums in the places of shares in ``grads``, in memory of their own; returns which."""
-        for axis, which in self._shared.items():
-            # A rank without a gradient adds zeros; its sum is nobody's gradient then.
-            shares = [torch.zeros_like(weights[i]) if (grad := grads[i]) is None else grad for i in which]
-            for i, total in zip(which, add_up(shares, axis), strict=True):
-                grads[i] = None if grads[i] is None else total
-        return sorted({i for which in self._shared.values() for i in which})
-
-    def _agree(self, thresholds: list[float], shares: Mapping[Axis, list[int]], problem: ValueError | None) -> None:
+    def _agree(self, thresholds: list[float], found: Mapping[Axis, list[int]], problem: ValueError | None) -> Shares:
         """Compare settings and structure along every axis, in an order that all ranks share."""
         fragments = self.plan.fragments
         threshold = dict(zip([f.name for f in self.plan.governed], thresholds, strict=True))
@@ -120,12 +118,24 @@ class Part:
             }
             checks.append((what, axis, here[0].holder.device))
         check_agreement(checks)
-        self._shared = {}
+        agreed = {}
         for _, axis, device in checks:
             copies = [i for i in shared[axis] if fragments[i].sums is not None and axis in fragments[i].copies]
-            wanted = [i in shares.get(axis, ()) for i in copies]
-            if copies and any(found := anywhere(wanted, axis, device)):
-                self._shared[axis] = [i for i, there in zip(copies, found, strict=True) if there]
+            if copies and any(flags := anywhere([i in found.get(axis, ()) for i in copies], axis, device)):
+                agreed[axis] = [i for i, flag in zip(copies, flags, strict=True) if flag]
+        return Shares(agreed, self.plan)
+
+
+@dataclass(frozen=True)
+class _Bound:
+    """Vectors of some of the fragments, by their places; None is all."""
+
+    vectors: Vectors
+    which: list[int] | None
+
+    def of(self, values: list[T]) -> list[T]:
+        """What belongs to these fragments; of values for governed ones alone, which come first, those."""
+        return values if self.which is None else [values[i] for i in self.which if i < len(values)]
 
 
 def _threshold(value: float | None) -> float:

@@ -47,8 +47,12 @@ def add_up(shares: Sequence[Tensor], axis: Axis) -> list[Tensor]:
     for share in shares:
         dtype = torch.promote_types(dtype, share.dtype)
     total = all_reduce(torch.cat([share.flatten().to(dtype) for share in shares]), axis)
-    parts = total.split([share.numel() for share in shares])
-    return [part.view(share.shape).to(share.dtype) for part, share in zip(parts, shares, strict=True)]
+    return shaped(total.split([share.numel() for share in shares]), shares)
+
+
+def shaped(flat: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
+    """Parts of a buffer in the shapes and dtypes of the tensors that they were."""
+    return [part.view(tensor.shape).to(tensor.dtype) for part, tensor in zip(flat, like, strict=True)]
 
 
 def anywhere(flags: Sequence[bool], axis: Axis, device: torch.device) -> list[bool]:

@@ -7,18 +7,18 @@ handful of operations a call and not a handful a parameter. Nothing here waits f
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .config import AGCConfig
-from .fragments import Block
+from .fragments import Axis, Block
 from .measure import Norms
 from .norms import coefficients, scale_, scale_rows_
 from .plan import STATISTICS, Plan, Stage
-from .reduce import all_reduce
+from .reduce import all_reduce, shaped
 from .stats import ClipStats
 
 # Writing single rows costs about eight times as much an element as multiplying all of them (measured: 4 to 11).
@@ -95,8 +95,11 @@ class Vectors:
         if weights is not None:
             self.of_weights.fill(weights)
 
-    def judge(self, fresh: bool) -> ClipStats | None:
-        """Complete the sums over ranks and fill the coefficients; statistics on the way."""
+    def judge(self, fresh: bool, riders: Mapping[Axis, list[Tensor]]) -> ClipStats | None:
+        """Complete the sums over ranks and fill the coefficients; statistics on the way.
+
+        ``riders``: by axis, tensors that are added up in the same collective; their sums take their places.
+        """
         coefficient, ratio, finite = self.coefficients(self.weight, self.grad, self.thresholds, self.config.eps)
         sums = top = None
         if self.config.statistics:
@@ -104,8 +107,10 @@ class Vectors:
             others = torch.stack([none, none, self.excluded.double().square()], 1)
             sums = torch.cat([_sums(coefficient, finite, self.grad, self.split, self.per_fragment), others])
             top = _largest(ratio, self.split)
+        waiting = dict(riders)
         for stage in self.stages:
-            sums, top = self._reduce(stage, fresh, coefficient, finite, sums, top)
+            shares = waiting.pop(stage.stage.axis, [])
+            sums, top = self._reduce(stage, fresh, shares, coefficient, finite, sums, top)
         self.coefficient.copy_(coefficient)
         self.bad = ~finite
         return None if sums is None or top is None else ClipStats(self.units, sums, top)
@@ -114,6 +119,7 @@ class Vectors:
         self,
         bound: _BoundStage,
         fresh: bool,
+        shares: list[Tensor],
         coefficient: Tensor,
         finite: Tensor,
         sums: Tensor | None,
@@ -129,7 +135,11 @@ class Vectors:
         if sums is not None and top is not None:
             rest[: STATISTICS * len(stage.reported)] = sums[bound.reported].flatten()
             rest[STATISTICS * len(stage.reported) + stage.axis.rank] = top
-        weight, grad, rest = all_reduce(buffer, stage.axis).split([len(weight), slots, len(rest)])
+        if shares:
+            buffer = torch.cat([buffer, *(share.flatten() for share in shares)])
+        lengths = [len(weight), slots, len(rest), *(share.numel() for share in shares)]
+        weight, grad, rest, *totals = all_reduce(buffer, stage.axis).split(lengths)
+        shares[:] = shaped(totals, shares)
         if sums is not None and top is not None:
             sums[bound.reported] = rest[: STATISTICS * len(stage.reported)].view(-1, STATISTICS).to(sums.dtype)
             top = rest[STATISTICS * len(stage.reported) :].amax()

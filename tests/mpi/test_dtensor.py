@@ -100,8 +100,8 @@ def check_parallel(world: Any, model: nn.Module, share: tuple[int, int], all_red
 
 def test_tensor_parallel(world: Any) -> None:
     model = tensor_parallel(parallel(), world.mesh(names=("tp",)))
-    # SequenceParallel leaves the sums of the norm's two gradients to the optimizer: they go into one collective.
-    check_parallel(world, model, (0, 1), all_reduces=2)
+    # SequenceParallel leaves the sums of the norm's two gradients to the optimizer: they ride in the one collective.
+    check_parallel(world, model, (0, 1), all_reduces=1)
 
 
 @pytest.mark.parametrize("which", range(3))
@@ -289,6 +289,31 @@ def test_pending_sums_wait_for_ranks_without_a_gradient(world: Any) -> None:
         world.check(weight.grad.placements == (Replicate(),), "the sum took the place of the share")
         error = worst_relative_error({"weight": share.double()}, {"weight": expected.grads["weight"]})
         assert error <= 1e-6, "in the memory of the share"
+
+
+def test_pending_sums_of_parameters_that_another_axis_cuts(world: Any) -> None:
+    """Their pieces are known only after the sum, so it comes first and not in the collective of its own axis."""
+    mesh = world.mesh((1, world.size) if world.size != 4 else (2, 2), ("dp", "tp"))
+    model = distribute(nn.Linear(3, 5), mesh, {"weight": [Shard(1), Replicate()], "bias": [Shard(0), Shard(0)]})
+    torch.manual_seed(9)
+    shares = {name: torch.randn(world.size, *p.shape) * 9 for name, p in model.named_parameters()}
+    shares["weight"][:, ::2] *= 0.01
+    for name, parameter in model.named_parameters():
+        placed: Any = parameter
+        whole = shares[name] if name == "weight" else shares[name][:1]
+        parts = [distribute_tensor(part, mesh, placed.placements, src_data_rank=None) for part in whole]
+        mine = parts[mesh.get_local_rank("tp") if name == "weight" else 0].to_local()
+        pending = [*placed.placements[:1], Partial() if name == "weight" else placed.placements[1]]
+        placed.grad = DTensor.from_local(
+            mine.clone(), mesh, pending, run_check=False, shape=placed.shape, stride=placed.stride()
+        )
+    totals = {"weight": shares["weight"][: mesh.size(1)].sum(0), "bias": shares["bias"][0]}
+    weights = {name: full(p) for name, p in model.named_parameters()}
+    expected = oracle.clip(weights, totals, {"weight": oracle.Units((0,)), "bias": oracle.Units(())}, 4.0)
+    with collectives() as seen:
+        stats = agc(model, clipping_threshold=4.0)
+    assert_clipped(model, stats, expected)
+    assert seen.counts["allreduce_"] >= 2 + (world.size == 4)  # the first call's question, the sum, one of each axis
 
 
 def test_pending_sums_stay_where_nothing_is_clipped(world: Any) -> None:
