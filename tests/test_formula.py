@@ -242,6 +242,30 @@ def test_tensors_too_large_for_one_pass(kind: str, memory: str, dtype: torch.dty
         assert helpers.worst_relative_error(helpers.full_grads(model), expected.grads) <= 2**-8
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("width", [512, 515], ids=["aligned", "odd"])
+@pytest.mark.parametrize("memory", ["contiguous", "shifted", "transposed"])
+def test_few_clipped_rows_of_a_large_tensor(memory: str, width: int, dtype: torch.dtype) -> None:
+    """Only they are written: the others keep every bit."""
+    generator = torch.Generator().manual_seed(6)
+    weight = torch.randn(400, width, generator=generator).to(dtype)
+    grad = (torch.randn(400, width, generator=generator) * 0.1).to(dtype)
+    large = [0, 17, 18, 399]
+    grad[large] *= 30
+    if memory == "shifted":
+        grad = torch.cat([torch.zeros(1, dtype=dtype), grad.flatten()])[1:].view(400, width)
+    if memory == "transposed":
+        grad = grad.T.contiguous().T
+    module = Holder(weight, grad.clone(memory_format=torch.preserve_format))
+    expected = helpers.reference(module, {"weight": oracle.Units((0,))}, 0.5)
+    stats = helpers.agc(module, 0.5)
+    assert int(stats.clipped_units) == len(large)
+    tolerance = 1e-6 if dtype == torch.float32 else 2**-8
+    assert helpers.worst_relative_error(helpers.full_grads(module), expected.grads) <= tolerance
+    others = [row for row in range(400) if row not in large]
+    assert module.weight.grad is not None and torch.equal(module.weight.grad[others], grad[others])
+
+
 STRIDES = {
     "channels-last": lambda t: t.to(memory_format=torch.channels_last),
     "transposed": lambda t: t.transpose(0, -1).contiguous().transpose(0, -1),
