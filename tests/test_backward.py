@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.distributed._composable.replicate import replicate
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.profiler import ProfilerActivity, profile
 
@@ -27,6 +28,7 @@ from helpers import (
     worst_relative_error,
 )
 from models import THRESHOLD, Awkward, awkward, batch, loss
+from parallel import parallel, sequence_loss, sequences, tensor_parallel
 from parity import STEPS
 
 pytestmark = [
@@ -60,21 +62,33 @@ def step_in_backward(model: nn.Module, seen: dict[str, Tensor], **options: Any) 
     return hook
 
 
-def check(make: Callable[[], nn.Module], rank: int, size: int, world: Any = None, **options: Any) -> None:
-    twin = awkward(dtype=torch.float64)
+def check(
+    make: Callable[[], nn.Module],
+    rank: int,
+    size: int,
+    world: Any = None,
+    *,
+    twin: nn.Module | None = None,
+    batches: Callable[..., tuple[Tensor, Tensor]] = batch,
+    loss: Callable[[nn.Module, Tensor, Tensor], Tensor] = loss,
+    clipping_threshold: float = THRESHOLD,
+    **options: Any,
+) -> None:
+    twin = twin or awkward(dtype=torch.float64)
     rules = oracle.unit_rules(twin)
-    references = oracle.train(twin, [batch(s) for s in range(STEPS)], loss, rules, THRESHOLD, lr=0.1)
+    rows = [tuple(t.double() if t.is_floating_point() else t for t in batches(s)) for s in range(STEPS)]
+    references = oracle.train(twin, rows, loss, rules, clipping_threshold, lr=0.1)  # type: ignore[arg-type]
     model, unclipped, seen = make(), make(), {}
-    with step_in_backward(model, seen, clipping_threshold=THRESHOLD, **options) as hook:
+    with step_in_backward(model, seen, clipping_threshold=clipping_threshold, **options) as hook:
         for step in range(STEPS):
             seen.clear()
-            loss(model, *batch(step, rank=rank, size=size)).backward()
+            loss(model, *batches(step, rank=rank, size=size)).backward()
             assert all(p.grad is None for p in model.parameters())
             grads = {name: full(grad) for name, grad in seen.items()}
             expected, tolerance = references[step], 1e-4  # the weights have drifted apart by rounding
             if step == 0:
-                loss(unclipped, *batch(step, rank=rank, size=size)).backward()
-                expected = oracle.clip(full_weights(unclipped), full_grads(unclipped), rules, THRESHOLD)
+                loss(unclipped, *batches(step, rank=rank, size=size)).backward()
+                expected = oracle.clip(full_weights(unclipped), full_grads(unclipped), rules, clipping_threshold)
                 assert worst_relative_error(grads, expected.grads) <= 1e-6
                 tolerance = 2e-6
             assert_some_clipped(expected)
@@ -105,6 +119,39 @@ def test_one_process() -> None:
 @pytest.mark.parametrize("statistics", [True, False])
 def test_fsdp2(world: Any, statistics: bool) -> None:
     check(lambda: sharded(world.mesh()), world.rank, world.size, world, statistics=statistics)
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("placement", ["rows", "columns"])
+def test_hsdp(world: Any, placement: str) -> None:
+    """Copies of shards, rows whole and rows cut."""
+    mesh = world.mesh((2, 2) if world.size == 4 else (1, world.size), ("replicate", "shard"))
+
+    def cut(parameter: nn.Parameter) -> Shard | None:
+        even = placement == "columns" and parameter.ndim > 1 and parameter.shape[1] % mesh.size(1) == 0
+        return Shard(1) if even else None
+
+    def make() -> nn.Module:
+        model = awkward()
+        fully_shard(model, mesh=mesh, shard_placement_fn=cut)
+        return model
+
+    check(make, world.rank, world.size, world)
+
+
+@pytest.mark.mpi(min_size=2)
+def test_tensor_parallel(world: Any) -> None:
+    """Gradients of replicated norms are shares of a sum when the hook meets them."""
+    check(
+        lambda: tensor_parallel(parallel(), world.mesh(names=("tp",))),
+        0,
+        1,
+        world,
+        twin=parallel(torch.float64),
+        batches=sequences,
+        loss=sequence_loss,
+        clipping_threshold=0.03,
+    )
 
 
 @pytest.mark.mpi(min_size=2)
