@@ -87,7 +87,8 @@ class AGCConfig:
             A mapping from globs to dims overrides the rule for single parameters, ``{"*.experts.*": (0, 1)}``.
         on_nonfinite: what happens to a unit whose gradient norm is inf or nan. ``"keep"`` leaves it exactly as it is,
             so that GradScaler and DeepSpeed still see the overflow; ``"zero"`` zeroes it; ``"raise"`` raises
-            FloatingPointError on every rank alike, before any gradient changes (it waits for the device).
+            FloatingPointError on every rank alike, before any gradient changes (it waits for the device). Squares are
+            added up in fp32, so a norm above 1.8e19 counts as inf.
         dry_run: measure and report as always, clip nothing.
         statistics: make statistics, global in the same collective. False saves that payload, and the collective too
             where no unit is split; ``clip()`` then returns None.
