@@ -71,7 +71,9 @@ if [[ -e $stamp ]]; then
   if [[ $old_key == "$key" && $missing == 0 ]]; then exit 0; fi
 fi
 for extra in $installed; do has "$wanted" "$extra" || wanted+=" $extra"; done
-if has "$wanted" dev && ! has "$wanted" demo; then wanted+=" demo"; fi # dev contains it; noted for launch/demo.sh
+if has "$wanted" dev; then # it contains these; noted for the scripts that ask for them
+  for extra in accelerate deepspeed demo; do has "$wanted" "$extra" || wanted+=" $extra"; done
+fi
 
 if [[ ! -d $venv ]]; then
   base=${PYTHON:-python3}

@@ -11,6 +11,7 @@ Makes the environment if it is missing, runs the stages named (by default all bu
 first that fails.
   lint      ruff check, ruff format --check
   types     pyright over dist_agc and tests
+  docs      the pages of docs/ built into site/, with every warning an error
   unit      tests of one process, the doctests of dist_agc
   mpi       tests of several processes, under mpirun with 2, 3 and 4 ranks
   composer  tests with MosaicML Composer and the oldest torch, in an environment of its own (.venv-composer)
@@ -24,14 +25,14 @@ stages=""
 while (($#)); do
   case $1 in
     -h | --help) usage && exit ;;
-    lint | types | unit | mpi | composer | coverage) stages+=" $1" ;;
+    lint | types | docs | unit | mpi | composer | coverage) stages+=" $1" ;;
     --) shift && break ;;
     *) usage >&2 && exit 2 ;;
   esac
   shift
 done
 pytest_args=("$@")
-stages=${stages:- lint types unit mpi coverage}
+stages=${stages:- lint types docs unit mpi coverage}
 
 passed=0
 failed=0
@@ -72,6 +73,10 @@ lint() {
 
 types() {
   python -m pyright
+}
+
+docs() {
+  python -m sphinx -W --keep-going -n --quiet -d build/docs docs site
 }
 
 unit() {

@@ -21,8 +21,9 @@ PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 
 # Lower first: a module imports from its own layer and the ones before it. "dist_agc" is the package's __init__.
 LAYERS = [
-    *("names", "config", "units", "norms", "fragments", "layouts", "plan", "reduce", "stats", "vectors", "part"),
-    *("clipper", "survey", "backward", "hooks", "dist_agc", "integrations", "conformance", "cli"),
+    *("names", "config", "units", "norms", "fragments", "layouts", "plan", "reduce", "stats"),
+    *("measure", "shares", "vectors", "part", "clipper", "survey", "backward", "hooks"),
+    *("dist_agc", "integrations", "conformance", "cli"),
 ]
 # attach(engine) hands a DeepSpeed engine over to its integration, which is imported only then.
 UPWARD = {("hooks", "dist_agc.integrations.deepspeed.attach_engine")}
