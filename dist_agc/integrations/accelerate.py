@@ -38,7 +38,8 @@ def attach(
 
     Args:
         accelerator: the one that prepared the model.
-        model, optimizer: what ``accelerator.prepare`` returned; a list of optimizers is allowed.
+        model, optimizer: what ``accelerator.prepare`` returned; a list of optimizers is allowed. A model that you have
+            sharded yourself: what ``accelerator.prepare_model(model, evaluation_mode=True)`` returned.
         config, options: as for `dist_agc.attach`.
 
     Raises:
@@ -56,6 +57,12 @@ def attach(
     for one in optimizers:
         if not isinstance(one, AcceleratedOptimizer):
             raise ValueError(f"the {type(one).__name__} was not prepared: give what accelerator.prepare returned.")
-    hook = _attach(model, optimizer, config, **options)
+    if not getattr(model, "_is_accelerate_prepared", False):
+        raise ValueError(
+            f"the {type(model).__name__} was not prepared: give what accelerator.prepare returned, or, for a model "
+            "that you have sharded yourself, accelerator.prepare_model(model, evaluation_mode=True)."
+        )
+    # A DeepSpeed engine has one optimizer, which attach takes as it is.
+    hook = _attach(model, optimizers[0] if len(optimizers) == 1 else optimizer, config, **options)
     announce(hook.clipper, sharding_asked=os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true")
     return hook

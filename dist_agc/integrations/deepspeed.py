@@ -17,6 +17,8 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from ..clipper import Clipper
@@ -30,47 +32,86 @@ BLOCK = "adaptive_gradient_clipping"
 class EngineHook(AGCHook):
     """The handle of AGC in a DeepSpeed engine, also found as ``engine.agc``."""
 
-    def __init__(self, engine: Any, config: AGCConfig) -> None:
+    def __init__(self, engine: Any, config: AGCConfig, norm_clipping: bool | None = None) -> None:
         clipper = Clipper.of_placed(zero.place(engine), config)
         optimizers = zero.optimizers(engine)
         for optimizer in optimizers:
             check_free(optimizer)
-        self._engine, self._norm_clip = engine, zero.norm_clip(engine)
         super().__init__(clipper, optimizers)
-        self._settle_norm_clip()
-        # A checkpoint brings the norm to clip to along, before the base optimizer's own state.
-        for optimizer in optimizers:
-            self._handles.append(optimizer.register_load_state_dict_post_hook(self._loaded))
+        self._engine, self._norm_clip, self._load = engine, zero.norm_clip(engine), engine.load_checkpoint
+        self._known = {id(placed.layout.holder) for placed in clipper._placed}
+        self._settle_norm_clip(norm_clipping)
+        engine.load_checkpoint = self._load_checkpoint
         engine.agc = self
 
-    def _settle_norm_clip(self) -> None:
+    def _settle_norm_clip(self, wanted: bool | None) -> None:
         """DeepSpeed's own default of 1.0 must not silently stack on AGC; what the user asked for stays."""
-        if "gradient_clipping" not in self._engine.config:
+        keep = "gradient_clipping" in self._engine.config if wanted is None else wanted
+        if not keep:
             zero.set_norm_clip(self._engine, 0.0)
-            _say(logging.INFO, f"gradient_clipping is 0.0 instead of DeepSpeed's default {self._norm_clip}: AGC clips.")
-        elif self._norm_clip > 0:
+        if wanted is not None or self._norm_clip <= 0:
+            return
+        if keep:
             _say(
-                logging.WARNING,
                 f"gradient_clipping = {self._norm_clip} is kept, and clips the norm of all gradients before AGC sees "
-                'them; "gradient_clipping": 0.0 leaves the clipping to AGC.',
+                'them; "gradient_clipping": 0.0 leaves the clipping to AGC.'
             )
+        else:
+            _say(f"gradient_clipping is 0.0 instead of DeepSpeed's default {self._norm_clip}: AGC clips.")
 
-    def _loaded(self, _: Optimizer) -> None:
-        if "gradient_clipping" not in self._engine.config:
-            zero.set_norm_clip(self._engine, 0.0)
+    def _load_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
+        """``engine.load_checkpoint``, after which the norm to clip to is what it was, not what the checkpoint says."""
+        settled = zero.norm_clip(self._engine)
+        try:
+            return self._load(*args, **kwargs)
+        finally:
+            zero.set_norm_clip(self._engine, settled)
+
+    # As the one that it overrides: a compiled step calls it between two graphs.
+    @torch._disable_dynamo  # pyright: ignore[reportPrivateImportUsage]
+    def clip(self, optimizer: Optimizer, grad_scale: Tensor | float | None = None) -> None:
+        """Clip what the base optimizer holds in this call of its step.
+
+        Raises:
+            RuntimeError: it holds a gradient that the engine did not have when AGC was attached.
+        """
+        zero.pass_thresholds_on(self._engine)
+        for holder in (p for group in optimizer.param_groups for p in group["params"]):
+            if holder.grad is not None and id(holder) not in self._known:
+                raise RuntimeError(
+                    f"the optimizer steps on a tensor of shape {tuple(holder.shape)} that AGC does not know, so it "
+                    "would not be clipped: parameters were added or made anew after AGC was attached. Call "
+                    "engine.agc.remove() and dist_agc.attach(engine) after such a change."
+                )
+        super().clip(optimizer, grad_scale)
 
     def remove(self) -> None:
         """Stop clipping; ``gradient_clipping`` is again what it was."""
         if self._handles:
             zero.set_norm_clip(self._engine, self._norm_clip)
+            self._engine.load_checkpoint = self._load
             self._engine.agc = None
         super().remove()
 
 
-def attach_engine(engine: Any, optimizer: Any = None, config: AGCConfig | None = None, **options: Any) -> EngineHook:
+def attach_engine(
+    engine: Any,
+    optimizer: Any = None,
+    config: AGCConfig | None = None,
+    *,
+    norm_clipping: bool | None = None,
+    **options: Any,
+) -> EngineHook:
     """Clip inside every real step of a DeepSpeed engine; `dist_agc.attach` calls this.
 
     Settings are the block ``"adaptive_gradient_clipping"`` of the engine's config, and keyword options beside it.
+
+    Args:
+        engine: the engine.
+        optimizer: None, or the engine's own.
+        config, options: as for `dist_agc.attach`.
+        norm_clipping: None switches off a ``gradient_clipping`` that the config does not mention and keeps one that it
+            does, either with a warning. True keeps it, False switches it off, both silently.
 
     Raises:
         TypeError: an optimizer that is not the engine's, an unknown option, a value of the wrong type.
@@ -85,7 +126,7 @@ def attach_engine(engine: Any, optimizer: Any = None, config: AGCConfig | None =
             f'the config says "{BLOCK}": {{"enabled": false}}: say true, or do not call attach. '
             "dist_agc.integrations.deepspeed.initialize obeys either."
         )
-    return EngineHook(engine, _settings(block or {}, config, options))
+    return EngineHook(engine, _settings(block or {}, config, options), norm_clipping)
 
 
 def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
@@ -179,8 +220,9 @@ def _settings(block: Mapping[str, Any], config: AGCConfig | None, options: Mappi
     return AGCConfig(**{**block, **merged})
 
 
-def _say(level: int, text: str) -> None:
-    _deepspeed().utils.log_dist(f"dist_agc: {text}", ranks=[0], level=level)
+def _say(text: str) -> None:
+    # DeepSpeed's logger shows nothing below a warning unless it is told to.
+    _deepspeed().utils.log_dist(f"dist_agc: {text}", ranks=[0], level=logging.WARNING)
 
 
 def _deepspeed() -> Any:

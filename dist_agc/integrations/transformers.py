@@ -7,12 +7,14 @@ Trainer(..., callbacks=[AGCCallback(clipping_threshold=0.01, exclude=("lm_head.*
 from __future__ import annotations
 
 import gc
+import os
 from typing import Any
 
 from ..config import AGCConfig
 from ..hooks import AGCHook, attach
 from ..stats import ClipStats
 from ._common import announce, logger, metrics, missing, warn_norm_clipping
+from .deepspeed import attach_engine
 
 try:
     from transformers import Trainer, TrainerCallback
@@ -55,7 +57,7 @@ class AGCCallback(TrainerCallback):
         self.norm_clipping = norm_clipping
         self.per_parameter_every = per_parameter_every
         self.hook: AGCHook | None = None
-        self._norm_clipping_settled = False
+        self._settled: Any = None  # the TrainingArguments whose max_grad_norm was looked at
 
     @property
     def stats(self) -> ClipStats | None:
@@ -66,7 +68,7 @@ class AGCCallback(TrainerCallback):
         self._settle_norm_clipping(args, state)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        trainer = self._trainer()
+        trainer = self._trainer(state)
         self._settle_norm_clipping(args, state)
         # Loggers are callbacks too and come first by default: agc/... must be in the logs before they see them.
         callbacks = trainer.callback_handler.callbacks
@@ -75,11 +77,12 @@ class AGCCallback(TrainerCallback):
         self._remove()
         model: Any = trainer.model_wrapped
         if trainer.is_deepspeed_enabled:
-            self.hook = attach(model, config=self.config)
+            self.hook = attach_engine(model, config=self.config, norm_clipping=self.norm_clipping)
         elif args.deepspeed:
             raise ValueError(
-                "TrainingArguments has a DeepSpeed config, but the Trainer runs without DeepSpeed (it does so with "
-                "use_cpu=True), and nothing would read the config's settings: mend that, or leave out deepspeed=..."
+                "TrainingArguments has a DeepSpeed config, but the Trainer runs without DeepSpeed (`accelerate launch "
+                "--cpu` makes it do so), and nothing would read the config's settings: mend that, or leave out "
+                "deepspeed=..."
             )
         else:
             optimizer: Any = trainer.optimizer
@@ -100,29 +103,28 @@ class AGCCallback(TrainerCallback):
         if self.hook is not None:
             self.hook.remove()
 
-    def _trainer(self) -> Trainer:
+    def _trainer(self, state: Any) -> Trainer:
         """The Trainer that runs this callback: callbacks are not told, and only it has the engine and the wrapped
-        model."""
+        model. Its ``state`` tells it from others that had, or will have, the same callback."""
         for found in gc.get_objects():
-            if issubclass(type(found), Trainer) and _runs(found, self):
+            if issubclass(type(found), Trainer) and getattr(found, "state", None) is state:
                 return found
         raise RuntimeError("AGCCallback runs under transformers.Trainer alone: Trainer(callbacks=[AGCCallback(...)]).")
 
     def _settle_norm_clipping(self, args: Any, state: Any) -> None:
-        if self._norm_clipping_settled:
+        if self._settled is args:
             return
-        self._norm_clipping_settled = True
-        asked = args.max_grad_norm
+        self._settled = args
+        asked, plugin = args.max_grad_norm, getattr(args, "deepspeed_plugin", None)
         if self.norm_clipping or asked <= 0:
             return
         speak = self.norm_clipping is None and state.is_world_process_zero
-        if self.norm_clipping is None and (asked != _DEFAULT or _said(args.deepspeed)):
-            if speak:
+        if self.norm_clipping is None and (asked != _DEFAULT or (plugin is not None and _said(args.deepspeed))):
+            if speak and plugin is None:  # a DeepSpeed engine says it itself
                 warn_norm_clipping("max_grad_norm", asked, "set it to 0, or give AGCCallback(norm_clipping=True)")
             return
         # The Trainer insists that the two are equal, so both change. The engine is made later.
         args.max_grad_norm = 0.0
-        plugin = getattr(args, "deepspeed_plugin", None)
         if plugin is not None:
             plugin.hf_ds_config.config["gradient_clipping"] = 0.0
         if speak:
@@ -132,15 +134,12 @@ class AGCCallback(TrainerCallback):
             )
 
 
-def _runs(trainer: Trainer, callback: TrainerCallback) -> bool:
-    handler = getattr(trainer, "callback_handler", None)
-    return handler is not None and any(other is callback for other in handler.callbacks)
-
-
-def _said(deepspeed: Any) -> bool:
-    """Whether the user's DeepSpeed config, a dict or a file, has a number for gradient_clipping."""
-    if not deepspeed:
-        return False
+def _said(config: Any) -> bool:
+    """Whether the user has given DeepSpeed a number for gradient_clipping: in the config, a dict or a file, or in the
+    questions of ``accelerate config``. In the plugin's own config it stands beside those that took the place of
+    "auto"."""
     from accelerate.utils.deepspeed import HfDeepSpeedConfig
 
-    return isinstance(HfDeepSpeedConfig(deepspeed).get_value("gradient_clipping"), float | int)
+    config = config or os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    said = "auto" if config == "none" else HfDeepSpeedConfig(config).get_value("gradient_clipping")
+    return isinstance(said, float | int) or os.environ.get("ACCELERATE_GRADIENT_CLIPPING", "auto") != "auto"

@@ -100,6 +100,17 @@ def optimizers(engine: Any) -> list[Optimizer]:
     return inner
 
 
+def pass_thresholds_on(engine: Any) -> None:
+    """Thresholds that parameter groups have now, for the groups of ZeRO 3's second optimizer: its first group is made
+    anew, from the settings that Adam knows."""
+    second = getattr(engine.optimizer, "backup_optimizer", None)
+    if second is None:
+        return
+    for group, copy in zip(engine.optimizer.optimizer.param_groups, second.param_groups, strict=True):
+        if "clipping_threshold" in group:
+            copy["clipping_threshold"] = group["clipping_threshold"]
+
+
 def norm_clip(engine: Any) -> float:
     """The norm that DeepSpeed itself clips to; 0 is off."""
     return float(getattr(engine.optimizer, "clip_grad", engine.gradient_clipping()) or 0.0)

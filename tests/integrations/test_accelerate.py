@@ -44,24 +44,37 @@ def train(how: str, folder: str) -> None:
         more = {"deepspeed_plugin": plugin}
     accelerator = accelerate.Accelerator(gradient_accumulation_steps=micro_batches, **more)
     net = workload.model()
-    optimizer: Any = torch.optim.SGD(net.parameters(), lr=workload.LR, momentum=workload.MOMENTUM)
-    model, optimizer = accelerator.prepare(net, optimizer)
+    if how == "fsdp2":  # sharded by hand: Accelerate does not shard on CPU
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        fully_shard(net, mesh=init_device_mesh("cpu", (2,)))
+    parts: list[Any] = [net.parameters()]
+    if how == "several":
+        parts = [[*net.first.parameters(), *net.head.parameters()], [*net.second.parameters(), *net.norm.parameters()]]
+    optimizers: Any = [torch.optim.SGD(part, lr=workload.LR, momentum=workload.MOMENTUM) for part in parts]
+    if how == "fsdp2":
+        model, *optimizers = accelerator.prepare_model(net, evaluation_mode=True), accelerator.prepare(*optimizers)
+    else:
+        model, *optimizers = accelerator.prepare(net, *optimizers)
     options = {} if zero else {"clipping_threshold": workload.THRESHOLD, "exclude": workload.EXCLUDE}
     if how == "bare":
-        hook = dist_agc.attach(model, optimizer, **options)
+        hook = dist_agc.attach(model, optimizers, **options)
     else:
-        hook = attach(accelerator, model, optimizer, **options)
+        hook = attach(accelerator, model, optimizers, **options)
     x, labels = workload.my_share(rank, ranks)
     steps = []
     for _ in range(workload.STEPS):
         for part, y in zip(x.chunk(micro_batches), labels.chunk(micro_batches), strict=True):
             with accelerator.accumulate(model) if micro_batches > 1 else contextlib.nullcontext():
                 accelerator.backward(model(part, y)["loss"])
-                optimizer.step()
-                optimizer.zero_grad()
+                for optimizer in optimizers:
+                    optimizer.step()
+                    optimizer.zero_grad()
         steps.append(workload.record(hook.stats))
+    weights = workload.full_weights(net)
     if rank == 0:
-        workload.save(folder, steps, dict(net.named_parameters()))
+        workload.save(folder, steps, weights)
 
 
 @pytest.mark.parametrize(
@@ -69,15 +82,19 @@ def train(how: str, folder: str) -> None:
     [
         ("plain", 1, "whole on every rank"),
         ("bare", 1, ""),
+        ("several", 1, "whole on every rank"),
         ("accumulate", 1, "whole on every rank"),
         ("ddp", 2, "whole on every rank"),
         ("ddp-accumulate", 2, "whole on every rank"),
+        ("fsdp2", 2, "DTensor"),
+        ("zero0", 2, "whole on every rank"),
         ("zero2", 2, "DeepSpeed"),
+        ("zero3", 2, "DeepSpeed"),
         ("zero1-accumulate", 2, "DeepSpeed"),
     ],
 )
 def test_same_units_and_weights_as_the_oracle(how: str, ranks: int, layout: str, tmp_path: Path) -> None:
-    if layout == "DeepSpeed":
+    if how.startswith("zero"):
         pytest.importorskip("deepspeed", reason="needs pip install 'dist-agc[deepspeed]'")
     found = workload.run(__file__, tmp_path, how, ranks=ranks)
     workload.assert_as_oracle(found)
@@ -99,8 +116,12 @@ def test_what_was_not_prepared_is_refused() -> None:
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     with pytest.raises(TypeError, match="Accelerator first, got Net"):
         attach(net, optimizer)  # type: ignore[arg-type]
+    accelerator = accelerate.Accelerator(cpu=True)
     with pytest.raises(ValueError, match="SGD was not prepared"):
-        attach(accelerate.Accelerator(cpu=True), net, optimizer)
+        attach(accelerator, net, optimizer)
+    with pytest.raises(ValueError, match="Net was not prepared.*evaluation_mode=True"):
+        attach(accelerator, net, accelerator.prepare(optimizer))
+    assert attach(accelerator, *accelerator.prepare(net, optimizer)).stats is None
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ def module(how: str) -> "LightningModule":
             super().__init__()
             net = workload.model()
             self.first, self.second, self.norm, self.head = net.first, net.second, net.norm, net.head
-            self.automatic_optimization = how != "manual"
+            self.automatic_optimization = not how.startswith("manual")
 
         def forward(self, *batch: torch.Tensor) -> Any:
             return workload.Net.forward(self, *batch)  # pyright: ignore[reportArgumentType]
@@ -39,19 +39,54 @@ def module(how: str) -> "LightningModule":
 
         def training_step(self, batch: Any, _: int) -> Any:
             loss = self(*batch)["loss"]
-            if how == "manual":
-                optimizer: Any = self.optimizers()
-                optimizer.zero_grad()
+            if how.startswith("manual"):
+                found: Any = self.optimizers()
+                optimizers = found if isinstance(found, list) else [found]
+                for optimizer in optimizers:
+                    optimizer.zero_grad()
                 self.manual_backward(loss)
-                optimizer.step()
+                for optimizer in optimizers:
+                    optimizer.step()
             return loss
 
         def configure_optimizers(self) -> Any:
             if how == "fused":
                 return torch.optim.Adam(self.parameters(), lr=1e-3, fused=True)
-            return torch.optim.SGD(self.parameters(), lr=workload.LR, momentum=workload.MOMENTUM)
+            parts: list[Any] = [self.parameters()]
+            if how == "manual-two":
+                pairs = [(self.first, self.head), (self.second, self.norm)]
+                parts = [[p for layer in pair for p in layer.parameters()] for pair in pairs]
+            made = [torch.optim.SGD(part, lr=workload.LR, momentum=workload.MOMENTUM) for part in parts]
+            return made if len(made) > 1 else made[0]
 
     return Module()
+
+
+def deepspeed_strategy(stage: int) -> Any:
+    """Lightning's own strategy, without its questions for CUDA: DeepSpeed itself runs on CPU."""
+    from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
+
+    class OnCPU(DeepSpeedStrategy):
+        root_device = torch.device("cpu", 0)  # pyright: ignore[reportAssignmentType, reportIncompatibleMethodOverride]
+
+        def setup_environment(self) -> None:
+            DDPStrategy.setup_environment(self)
+
+        def setup_distributed(self) -> None:
+            self.set_world_ranks()
+            self._init_deepspeed_distributed()
+
+    workload.quiet_deepspeed()
+    block = {"clipping_threshold": workload.THRESHOLD, "exclude": [workload.EXCLUDE]}
+    return OnCPU(
+        process_group_backend="gloo",
+        config={
+            "train_micro_batch_size_per_gpu": workload.SAMPLES // 2,
+            "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+            "zero_allow_untested_optimizer": True,
+            "adaptive_gradient_clipping": block,
+        },
+    )
 
 
 def train(how: str, folder: str) -> None:
@@ -65,20 +100,24 @@ def train(how: str, folder: str) -> None:
     logging.basicConfig(level=logging.WARNING)
     logging.getLogger("dist_agc").setLevel(logging.INFO)
     warnings.simplefilter("ignore")
-    ranks = 2 if how in ("ddp", "fsdp2") else 1
+    zero = how.startswith("zero")
+    ranks = 2 if how in ("ddp", "fsdp2") or zero else 1
     micro_batches = 2 if how == "accumulate" else 1
     strategy: Any = "ddp" if how == "ddp" else "auto"
     if how == "fsdp2":
         from lightning.pytorch.strategies import ModelParallelStrategy
 
         strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
+    if zero:
+        strategy = deepspeed_strategy(int(how[4]))
     plugins: list[Any] = []
     if how in ("scaler", "fused"):
         scaler = torch.amp.GradScaler("cpu", init_scale=4096.0)  # pyright: ignore[reportPrivateImportUsage]
         plugins = [MixedPrecision("16-mixed", "cpu", scaler)]
         # The arithmetic stays that of the oracle; the scaler's part is what is looked at.
         MixedPrecision.forward_context = lambda self: torch.autocast("cpu", enabled=False)  # type: ignore[method-assign]
-    callback = AGCCallback(clipping_threshold=workload.THRESHOLD, exclude=workload.EXCLUDE, per_parameter_every=2)
+    options = {} if zero else {"clipping_threshold": workload.THRESHOLD, "exclude": workload.EXCLUDE}
+    callback = AGCCallback(**options, per_parameter_every=2)
     steps: list[dict[str, Any]] = []
 
     class Recorder(Callback):
@@ -87,7 +126,7 @@ def train(how: str, folder: str) -> None:
                 steps.append(workload.record(callback.stats))
 
     trainer = Trainer(
-        max_steps=workload.STEPS,
+        max_steps=workload.STEPS * (2 if how == "manual-two" else 1),  # counts the steps of every optimizer
         max_epochs=workload.STEPS,
         accelerator="cpu",
         devices=ranks,
@@ -107,7 +146,7 @@ def train(how: str, folder: str) -> None:
     net = module(how)
     size = workload.SAMPLES // ranks // micro_batches
     trainer.fit(net, DataLoader(TensorDataset(*workload.data()), batch_size=size))
-    weights = {n: p.full_tensor() if isinstance(p, DTensor) else p for n, p in net.named_parameters()}
+    weights = workload.full_weights(net)
     if trainer.is_global_zero:
         workload.save(folder, steps, weights)
 
@@ -136,20 +175,33 @@ def fabric(how: str, folder: str) -> None:
 
 @pytest.mark.parametrize(
     ("how", "ranks"),
-    [("plain", 1), ("accumulate", 1), ("manual", 1), ("scaler", 1), ("ddp", 2), ("fsdp2", 2)],
+    [
+        ("plain", 1),
+        ("accumulate", 1),
+        ("manual", 1),
+        ("manual-two", 1),
+        ("scaler", 1),
+        ("ddp", 2),
+        ("fsdp2", 2),
+        ("zero2", 2),
+        ("zero3", 2),
+    ],
 )
 def test_same_units_and_weights_as_the_oracle(how: str, ranks: int, tmp_path: Path) -> None:
     found = workload.run(__file__, tmp_path, how, ranks=ranks)
     workload.assert_as_oracle(found)
     assert f"AGC on {ranks} process" in found["log"]
-    assert ("DTensor" if how == "fsdp2" else "whole on every rank") in found["log"]
+    layout = "DTensor" if how == "fsdp2" else "DeepSpeed" if how.startswith("zero") else "whole on every rank"
+    assert layout in found["log"]
     rows = (tmp_path / "csv" / "version_0" / "metrics.csv").read_text().splitlines()
     names = rows[0].split(",")
     column = [row.split(",")[names.index("agc/clip_fraction")] for row in rows[1:]]
     fractions = [sum(step["clipped"].values()) / step["units"] for step in found["steps"]]
+    if how.startswith("zero"):  # Lightning logs before engine.step(), so each line is of the step before
+        fractions.pop()
     assert [float(value) for value in column if value] == pytest.approx(fractions)
     per_parameter = [row.split(",")[names.index("agc/clip_fraction/first.weight")] != "" for row in rows[1:]]
-    assert per_parameter.count(True) == 2  # every second of five steps
+    assert per_parameter.count(True) == (5 if how == "manual-two" else 2)  # every second step of an optimizer
 
 
 def test_a_scale_that_the_optimizer_removes_itself_is_seen_through(tmp_path: Path) -> None:

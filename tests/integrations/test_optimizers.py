@@ -11,35 +11,60 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import dist_agc
 import oracle
-from helpers import full_grads, worst_relative_error
+from helpers import full_grads, full_weights, worst_relative_error
 
 HEAD = ("head.weight", "head.bias")
 
 
-def backward(net: workload.Net) -> oracle.Reference:
+def backward(net: workload.Net, rank: int = 0, ranks: int = 1) -> oracle.Reference:
     """Gradients of the whole data set, and what the oracle makes of them."""
-    x, labels = workload.data()
     net.zero_grad()
-    net(x, labels)["loss"].backward()
-    weights = {name: p.detach() for name, p in net.named_parameters()}
-    return oracle.clip(weights, full_grads(net), oracle.unit_rules(net), workload.THRESHOLD, exclude=HEAD)
+    net(*workload.my_share(rank, ranks))["loss"].backward()
+    return oracle.clip(full_weights(net), full_grads(net), oracle.unit_rules(net), workload.THRESHOLD, exclude=HEAD)
 
 
-def test_muon_and_adamw_on_one_model() -> None:
-    net = workload.model()
+def train_with_muon(net: workload.Net, rank: int = 0, ranks: int = 1) -> list[dict[str, Any]]:
+    """Three steps, each held against the oracle; what they tell."""
     matrices = [net.first.weight, net.second.weight]
     rest = [p for p in net.parameters() if all(p is not m for m in matrices)]
     muon, adamw = torch.optim.Muon(matrices, lr=0.02), torch.optim.AdamW(rest, lr=0.01)
     hook = dist_agc.attach(net, [muon, adamw], clipping_threshold=workload.THRESHOLD, exclude=workload.EXCLUDE)
+    steps = []
     for _ in range(3):
-        expected = backward(net)
+        expected = backward(net, rank, ranks)
         muon.step()
         adamw.step()
         assert 0 < expected.clipped_units < expected.units
         assert worst_relative_error(full_grads(net), expected.grads) < 1e-6
         assert hook.stats is not None
-        assert workload.record(hook.stats)["clipped"] == {n: p.clipped_units for n, p in expected.per_parameter.items()}
-        assert float(hook.stats.grad_norm) == pytest.approx(expected.grad_norm, rel=1e-6)
+        steps.append(workload.record(hook.stats))
+        assert steps[-1]["clipped"] == {n: p.clipped_units for n, p in expected.per_parameter.items()}
+        assert steps[-1]["grad_norm"] == pytest.approx(expected.grad_norm, rel=1e-6)
+    return steps
+
+
+def test_muon_and_adamw_on_one_model(tmp_path: Path) -> None:
+    """And sharded by FSDP2, whose ranks clip the same units and reach the same weights."""
+    net = workload.model()
+    steps = train_with_muon(net)
+    found = workload.run(__file__, tmp_path, "muon", ranks=2)
+    assert [step["clipped"] for step in found["steps"]] == [step["clipped"] for step in steps]
+    for name, weight in net.named_parameters():  # Muon orthogonalises in bfloat16
+        assert float((found["weights"][name] - weight.detach()).norm() / weight.detach().norm()) < 1e-2
+
+
+def muon(folder: str) -> None:
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    net = workload.model()
+    fully_shard(net, mesh=init_device_mesh("cpu", (2,)))
+    steps = train_with_muon(net, dist.get_rank(), 2)
+    weights = workload.full_weights(net)
+    if dist.get_rank() == 0:
+        workload.save(folder, steps, weights)
+    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("kind", ["swa", "ema"])
@@ -129,7 +154,7 @@ def zero_redundancy(folder: str) -> None:
 
 
 def test_zero_redundancy_optimizer(tmp_path: Path) -> None:
-    workload.assert_as_oracle(workload.run(__file__, tmp_path, ranks=2))
+    workload.assert_as_oracle(workload.run(__file__, tmp_path, "zero_redundancy", ranks=2))
 
 
 def test_tensorboard(tmp_path: Path) -> None:
@@ -153,4 +178,4 @@ def test_tensorboard(tmp_path: Path) -> None:
 
 
 if __name__ == "__main__":
-    zero_redundancy(sys.argv[1])
+    {"muon": muon, "zero_redundancy": zero_redundancy}[sys.argv[2]](sys.argv[1])

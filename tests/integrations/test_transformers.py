@@ -1,5 +1,6 @@
 """AGCCallback in the real Hugging Face Trainer, against the oracle."""
 
+import json
 import logging
 import os
 import sys
@@ -18,14 +19,14 @@ NORM_OFF = "switched off max_grad_norm"
 
 
 def train(how: str, folder: str) -> None:
-    from torch.distributed.tensor import DTensor
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     from dist_agc.integrations.transformers import AGCCallback
 
     logging.basicConfig(level=logging.WARNING)
     logging.getLogger("dist_agc").setLevel(logging.INFO)
-    ranks = 2 if how in ("ddp", "fsdp", "fsdp2", "zero0", "zero1", "zero2", "zero3") else 1
+    zero = how.startswith("zero")
+    ranks = 2 if zero or how in ("ddp", "fsdp", "fsdp2") else 1
     micro_batches = 2 if how == "accumulate" else 1
     more: dict[str, Any] = {}
     callback = AGCCallback(clipping_threshold=workload.THRESHOLD, exclude=workload.EXCLUDE, per_parameter_every=2)
@@ -33,21 +34,33 @@ def train(how: str, folder: str) -> None:
         more["max_grad_norm"] = 0.4
     if how == "fsdp":
         more |= {"fsdp": True, "fsdp_config": {"reshard_after_forward": True}}
-    if how.startswith("zero"):
+    if zero:
         workload.quiet_deepspeed()
         block = {"enabled": True, "clipping_threshold": workload.THRESHOLD, "exclude": [workload.EXCLUDE]}
-        callback = AGCCallback(per_parameter_every=2)
-        more["deepspeed"] = {
+        callback = AGCCallback(per_parameter_every=2, norm_clipping=True if how == "zero1-kept" else None)
+        config: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": "auto",
             "gradient_accumulation_steps": "auto",
-            "gradient_clipping": "auto",
-            "zero_optimization": {"stage": int(how[-1]), "stage3_param_persistence_threshold": 0},
+            "gradient_clipping": {"zero1-number": 0.4, "zero1-launched": 1.0}.get(how, "auto"),
+            "zero_optimization": {"stage": int(how[4]), "stage3_param_persistence_threshold": 0},
             "optimizer": {"type": "SGD", "params": {"lr": workload.LR, "momentum": workload.MOMENTUM}},
             "zero_allow_untested_optimizer": True,
             "adaptive_gradient_clipping": block,
         }
+        if how == "zero1-launched":  # what `accelerate launch` says to the processes
+            path = Path(folder, f"ds{os.environ['RANK']}.json")
+            path.write_text(json.dumps(config))
+            os.environ |= {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(path)}
+        else:
+            more["deepspeed"] = config
+        if how == "zero1-number":
+            more["max_grad_norm"] = 0.4  # the Trainer insists that the two are equal
     net = workload.model()
-    args = TrainingArguments(
+
+    def optimizer() -> Any:
+        return None if zero else torch.optim.SGD(net.parameters(), lr=workload.LR, momentum=workload.MOMENTUM)
+
+    arguments: dict[str, Any] = dict(
         output_dir=folder,
         per_device_train_batch_size=workload.SAMPLES // ranks // micro_batches,
         gradient_accumulation_steps=micro_batches,
@@ -57,9 +70,9 @@ def train(how: str, folder: str) -> None:
         logging_steps=1,
         save_strategy="no",
         report_to="tensorboard" if how == "plain" else "none",
-        use_cpu=not how.startswith("zero"),  # with DeepSpeed the Trainer takes that as: no DeepSpeed
+        use_cpu=True,  # without it, DeepSpeed's Trainer counts one process and deals every rank the same samples
         seed=3,
-        ddp_backend="gloo" if ranks > 1 and not how.startswith("zero") else None,
+        ddp_backend="gloo" if ranks > 1 and not zero else None,
         **more,
     )
     if how == "fsdp2":  # sharded by hand: Accelerate does not shard on CPU
@@ -74,36 +87,50 @@ def train(how: str, folder: str) -> None:
             assert callback.stats is not None
             steps.append(workload.record(callback.stats))
 
-    # On CPU the Trainer sees one process under DeepSpeed, and deals every rank the same samples: deal them out here.
-    share = (int(os.environ["RANK"]), ranks) if how.startswith("zero") else (0, 1)
-    optimizer = torch.optim.SGD(net.parameters(), lr=workload.LR, momentum=workload.MOMENTUM)
-    trainer = Trainer(
-        model=net,
-        args=args,
-        train_dataset=workload.dataset(*share),  # pyright: ignore[reportArgumentType]
-        callbacks=[callback, Recorder()],
-        optimizers=(None if how.startswith("zero") else optimizer, None),  # pyright: ignore[reportArgumentType]
-    )
+    def trainer_of(*callbacks: Any) -> Any:
+        return Trainer(
+            model=net,
+            args=TrainingArguments(**arguments),
+            train_dataset=workload.dataset(),  # pyright: ignore[reportArgumentType]
+            callbacks=list(callbacks),
+            optimizers=(optimizer(), None),  # pyright: ignore[reportArgumentType]
+        )
+
+    if how == "reused":  # the callback has clipped for another Trainer, which is still there
+        before = trainer_of(callback)
+        before.train()
+        net.load_state_dict(workload.model().state_dict())
+    trainer = trainer_of(callback, Recorder())
     if how == "fsdp2":  # and so DDP must be kept away from it
         trainer.accelerator.prepare_model = lambda model, *_, **__: model
     trainer.train()
-    if how == "zero3":
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters(list(net.parameters())):
-            weights = {name: p.detach().clone() for name, p in net.named_parameters()}
-    else:
-        weights = {n: p.full_tensor() if isinstance(p, DTensor) else p for n, p in net.named_parameters()}
+    weights = workload.full_weights(net)
     if trainer.is_world_process_zero() and os.environ.get("RANK", "0") == "0":
         logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-        workload.save(folder, steps, weights, logs=logs, max_grad_norm=args.max_grad_norm)
+        norm = trainer.model_wrapped.gradient_clipping() if zero else None
+        workload.save(folder, steps, weights, logs=logs, max_grad_norm=trainer.args.max_grad_norm, engine_norm=norm)
+
+
+def refused(folder: str) -> None:
+    from transformers import Trainer, TrainingArguments
+
+    from dist_agc.integrations.transformers import AGCCallback
+
+    os.environ["ACCELERATE_USE_CPU"] = "true"  # as `accelerate launch --cpu` does
+    config = {"train_micro_batch_size_per_gpu": "auto", "zero_optimization": {"stage": 1}}
+    args = TrainingArguments(output_dir=folder, deepspeed=config, use_cpu=True, max_steps=1, report_to="none")
+    data: Any = workload.dataset()
+    try:
+        Trainer(model=workload.model(), args=args, train_dataset=data, callbacks=[AGCCallback()]).train()
+    except ValueError as error:
+        workload.save(folder, [], {}, said=str(error))
 
 
 def run(how: str, folder: Path, ranks: int = 1) -> dict[str, Any]:
     return workload.run(__file__, folder, how, ranks=ranks)
 
 
-@pytest.mark.parametrize(("how", "ranks"), [("plain", 1), ("accumulate", 1), ("ddp", 2), ("fsdp2", 2)])
+@pytest.mark.parametrize(("how", "ranks"), [("plain", 1), ("accumulate", 1), ("reused", 1), ("ddp", 2), ("fsdp2", 2)])
 def test_same_units_and_weights_as_the_oracle(how: str, ranks: int, tmp_path: Path) -> None:
     found = run(how, tmp_path, ranks)
     workload.assert_as_oracle(found)
@@ -144,6 +171,51 @@ def test_norm_clipping_that_was_asked_for_stays_and_is_warned_of(tmp_path: Path)
     assert all(step["grad_norm"] < 0.4001 for step in found["steps"])  # AGC comes second
 
 
+@pytest.mark.parametrize(("how", "norm"), [("zero1-number", 0.4), ("zero1-launched", 1.0), ("zero1-kept", 1.0)])
+def test_norm_clipping_of_a_deepspeed_config(how: str, norm: float, tmp_path: Path) -> None:
+    """A number in the JSON stays, whoever hands the JSON over, with one warning; norm_clipping=True says nothing."""
+    found = run(how, tmp_path, 2)
+    assert (found["max_grad_norm"], found["engine_norm"]) == (norm, norm)
+    assert all(step["grad_norm"] < norm * 1.0001 for step in found["steps"])  # AGC comes second
+    warnings = [line for line in found["log"].splitlines() if "clip" in line and "before AGC sees" in line]
+    assert len(warnings) == (0 if how == "zero1-kept" else 1), found["log"]
+    assert "by their global norm first" not in found["log"] and NORM_OFF not in found["log"]
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize(
+    ("norm_clipping", "asked", "left", "said"),
+    [
+        (None, 1.0, 0.0, NORM_OFF),
+        (None, 0.4, 0.4, "max_grad_norm=0.4"),
+        (None, 0.0, 0.0, ""),
+        (True, 1.0, 1.0, ""),
+        (True, 0.4, 0.4, ""),
+        (False, 1.0, 0.0, ""),
+        (False, 0.4, 0.0, ""),
+    ],
+)
+def test_what_norm_clipping_makes_of_max_grad_norm(
+    norm_clipping: bool | None, asked: float, left: float, said: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from transformers import Trainer, TrainingArguments
+
+    from dist_agc.integrations.transformers import AGCCallback
+
+    args = TrainingArguments(output_dir=str(tmp_path), max_grad_norm=asked, use_cpu=True, report_to="none")
+    callback = AGCCallback(norm_clipping=norm_clipping)
+    for _ in range(2):  # said once
+        Trainer(model=workload.model(), args=args, callbacks=[callback])
+    assert args.max_grad_norm == left
+    records = [record.getMessage() for record in caplog.records if record.name == "dist_agc"]
+    assert len(records) == bool(said) and all(said in record for record in records)
+
+
+def test_a_deepspeed_config_that_nothing_reads_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed", reason="needs pip install 'dist-agc[deepspeed]'")
+    assert "the Trainer runs without DeepSpeed" in run("refused", tmp_path)["said"]
+
+
 def test_settings_are_checked_before_training() -> None:
     from dist_agc.integrations.transformers import AGCCallback
 
@@ -155,4 +227,4 @@ def test_settings_are_checked_before_training() -> None:
 
 
 if __name__ == "__main__":
-    train(sys.argv[2], sys.argv[1])
+    refused(sys.argv[1]) if sys.argv[2] == "refused" else train(sys.argv[2], sys.argv[1])

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 import oracle
 
@@ -56,8 +57,8 @@ def my_share(rank: int = 0, ranks: int = 1) -> tuple[Tensor, Tensor]:
     return x[rank::ranks], labels[rank::ranks]
 
 
-def dataset(rank: int = 0, ranks: int = 1) -> list[dict[str, Tensor]]:
-    return [{"x": x, "labels": label} for x, label in zip(*my_share(rank, ranks), strict=True)]
+def dataset() -> list[dict[str, Tensor]]:
+    return [{"x": x, "labels": label} for x, label in zip(*data(), strict=True)]
 
 
 def reference(
@@ -85,6 +86,21 @@ def quiet_deepspeed() -> None:
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def full_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Whole parameters by name, on every rank, of a model that fully_shard or ZeRO has sharded; a collective."""
+    full: dict[str, Any] = {}
+    for name, p in model.named_parameters():
+        if isinstance(p, DTensor):
+            full[name] = p.full_tensor()
+        elif hasattr(p, "ds_id"):
+            from deepspeed.utils import safe_get_full_fp32_param
+
+            full[name] = safe_get_full_fp32_param(p)
+        else:
+            full[name] = p
+    return full
 
 
 def record(stats: Any) -> dict[str, Any]:
