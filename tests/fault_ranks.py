@@ -4,9 +4,11 @@ Not started by torchrun, which ends the other ranks as soon as one fails: here e
 """
 
 import json
+import logging
 import os
 import sys
 import time
+import warnings
 from datetime import timedelta
 from typing import Any
 
@@ -14,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -39,13 +42,60 @@ def misplaced(parameter: Any) -> DTensor:
     return DTensor.from_local(torch.ones(parameter.shape), parameter.device_mesh, [Replicate()], run_check=False)
 
 
-def local_grads(model: nn.Module) -> list[torch.Tensor]:
+def fsdp1() -> nn.Module:
+    torch.manual_seed(0)
+    warnings.simplefilter("ignore")
+    model = FullyShardedDataParallel(nn.Linear(8, 5), use_orig_params=True, device_id=torch.device("cpu"))
+    model(torch.ones(2, 8)).sum().backward()
+    return model
+
+
+def zero(rank: int, size: int, threshold: float) -> Any:
+    """A DeepSpeed engine that is ready to step. AGC runs inside of its step, on flat partitions."""
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), DS_ACCELERATOR="cpu")
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed("gloo", verbose=False)
+    torch.manual_seed(0)
+    model = nn.Linear(8, 5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    config = {
+        "train_micro_batch_size_per_gpu": 2,
+        "zero_optimization": {"stage": 2},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+    }
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    dist_agc.attach(engine, clipping_threshold=threshold)
+    backward(engine)
+    return engine
+
+
+def backward(engine: Any) -> None:
+    engine.backward(engine(torch.ones(2, 8)).sum())
+
+
+def state_of(model: Any) -> list[torch.Tensor]:
+    """What must not change: gradients; of an engine, whose step clips, the partitions that it updates."""
+    if hasattr(model, "basic_optimizer"):
+        return [p.detach().clone() for p in model.optimizer.single_partition_of_fp32_groups]
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     return [g.to_local().clone() if hasattr(g, "to_local") else g.clone() for g in grads]  # type: ignore[operator]
 
 
 def clip(model: nn.Module, odd: bool, **options: Any) -> None:
     dist_agc.apply_agc(model, **{"clipping_threshold": 0.01, **options})
+
+
+def construct(model: nn.Module, odd: bool) -> None:
+    """A pattern that matches nothing, on one rank, which lives on: the others make their Clippers, and wait for it."""
+    try:
+        dist_agc.Clipper(model, exclude=("head.*",) if odd else ()).clip()
+    finally:
+        time.sleep(TIMEOUT + 4 if odd else 0)
 
 
 def scenario(name: str, rank: int, size: int) -> tuple[nn.Module, Any]:
@@ -61,7 +111,21 @@ def scenario(name: str, rank: int, size: int) -> tuple[nn.Module, Any]:
         model.weight = nn.Parameter(distribute_tensor(model.weight.detach(), mesh, [Shard(0), Shard(1)]))
         model.weight.grad = model.weight.detach().clone()
         return model, lambda: clip(model, odd, eps=0.1 if odd else 0.001)
-    model = model_of(size, 6 if odd and name == "model" else 5)
+    if name == "fsdp1 threshold":
+        model = fsdp1()
+        return model, lambda: clip(model, odd, clipping_threshold=0.02 if odd else 0.01)
+    if name.startswith("zero"):
+        engine = zero(rank, size, 0.02 if odd and name == "zero threshold" else 0.01)
+        if name == "zero dies":
+            engine.step()  # a good first one
+            backward(engine)
+            dist.barrier()
+            if odd:
+                vectors.all_reduce = lambda buffer, axis: os._exit(9)
+        return engine, engine.step
+    model = fsdp1() if name == "fsdp1 dies" else model_of(size, 6 if odd and name == "model" else 5)
+    if name == "constructor":
+        return model, lambda: construct(model, odd)
     different: dict[str, dict[str, Any]] = {
         "threshold": {"clipping_threshold": 0.02},
         "exclude": {"exclude": ("bias",)},
@@ -82,7 +146,7 @@ def scenario(name: str, rank: int, size: int) -> tuple[nn.Module, Any]:
     dist.barrier()
     if name == "later gradient" and odd:
         model.bias.grad = misplaced(model.bias)
-    elif name == "dies" and odd:
+    elif name in ("dies", "fsdp1 dies") and odd:
         vectors.all_reduce = lambda buffer, axis: os._exit(9)  # in the middle of clip(), after the local norms
     elif name == "stays away" and odd:
         return model, lambda: time.sleep(TIMEOUT + 4)
@@ -97,7 +161,7 @@ def main(names: str, rank: int, size: int, store: str) -> None:
     )
     for name in names.split(","):
         model, act = scenario(name, rank, size)
-        before = local_grads(model)
+        before = state_of(model)
         dist.barrier()
         began, error = time.monotonic(), None
         try:
@@ -105,7 +169,7 @@ def main(names: str, rank: int, size: int, store: str) -> None:
         except Exception as raised:
             error = raised
         seconds = time.monotonic() - began
-        unchanged = all(torch.equal(a, b) for a, b in zip(local_grads(model), before, strict=True))
+        unchanged = all(torch.equal(a, b) for a, b in zip(state_of(model), before, strict=True))
         kind = type(error).__name__ if error else ""
         print(
             json.dumps({"error": kind, "message": str(error), "seconds": seconds, "unchanged": unchanged}), flush=True

@@ -1,46 +1,323 @@
 """`dist-agc check` as a user starts it, on real processes."""
 
 import json
+import os
+import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch.distributed as dist
+from typer.testing import CliRunner
 
-MODEL = """
+from dist_agc.cli import build
+from dist_agc.conformance import cases
+
+BIN = Path(sys.executable).parent
+
+MODELS = '''
 import torch
+from torch import nn
 
-def factory():
+import dist_agc.vectors
+
+CPU = torch.device("cpu")
+REAL = dist_agc.vectors.all_reduce
+
+
+def plain():
+    """No loss: gradients are noise."""
     torch.manual_seed(0)
-    return torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Linear(7, 3))
-"""
+    return nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3))
 
 
-def check(folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-m", "dist_agc.cli", "check", "--nproc", "2", *arguments]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=200)
+def loss(model):
+    return model(torch.ones(4, 5)).square().mean()
 
 
-def test_layouts_are_held_against_the_reference(tmp_path: Path) -> None:
-    """The user's own model, named by glob, as JSON; something was clipped and something not."""
-    (tmp_path / "mine.py").write_text(MODEL)
-    done = check(tmp_path, "--model", "mine:factory", "--layout", "fsdp2", "--layout", "fsdp1 full*", "--json")
+def tiny():
+    """Gradients so small beside the weights that no update of a weight shows them."""
+    model = plain()
+    for p in model.parameters():
+        p.data.mul_(100)
+    return model, lambda made: 1e-12 * loss(made)
+
+
+def half():
+    return plain().bfloat16()
+
+
+class Mixture(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.Parameter(torch.randn(3, 6, 5))
+        self.router = nn.Linear(5, 3)
+
+
+def mixture():
+    torch.manual_seed(0)
+    return Mixture()
+
+
+def fsdp1():
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    return FullyShardedDataParallel(plain(), use_orig_params=False, device_id=CPU), loss
+
+
+def fsdp1_orig():
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    return FullyShardedDataParallel(plain(), use_orig_params=True, device_id=CPU), loss
+
+
+def fsdp2():
+    from torch.distributed.fsdp import fully_shard
+
+    return fully_shard(plain()), loss
+
+
+def shares():
+    """Tensor parallelism that leaves the sum of a norm's gradients over ranks to whoever comes next."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.LayerNorm(5), nn.Linear(5, 8), nn.Linear(8, 6))
+    how = {
+        "0": SequenceParallel(),
+        "1": ColwiseParallel(input_layouts=Shard(1)),
+        "2": RowwiseParallel(output_layouts=Shard(1), use_local_output=False),
+    }
+    parallelize_module(model, init_device_mesh("cpu", (dist.get_world_size(),)), how)
+    x = torch.randn(4, 6, 5, generator=torch.Generator().manual_seed(1))
+    return model, lambda made: made(x).full_tensor().square().mean()
+
+
+def engine():
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    model = plain()
+    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 1}}
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0], loss
+
+
+def forgets():
+    """Nothing is sent, as where the norm of a shard is taken for the norm of the whole."""
+    dist_agc.vectors.all_reduce = lambda buffer, axis: buffer
+    return plain()
+
+
+def chatters():
+    """The answer is right, and comes with a collective that nobody planned."""
+
+    def twice(buffer, axis):
+        torch.distributed.all_reduce(torch.ones(1), group=axis.group)
+        return REAL(buffer, axis)
+
+    dist_agc.vectors.all_reduce = twice
+    return plain()
+'''
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "mine.py").write_text(MODELS)
+    return tmp_path
+
+
+def check(
+    folder: Path, *arguments: str, nproc: int = 2, launcher: tuple[str, ...] = ()
+) -> "subprocess.CompletedProcess[str]":
+    start = [*launcher, "dist_agc.cli", "check"] if launcher else [sys.executable, "-m", "dist_agc.cli", "check"]
+    command = [*start, *([] if launcher else ["--nproc", str(nproc)]), *arguments]
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        "OMPI_ALLOW_RUN_AS_ROOT": "1",
+        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    }
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=280)
+
+
+def rows_of(done: "subprocess.CompletedProcess[str]") -> dict[str, dict[str, Any]]:
+    assert "{" in done.stdout, done.stderr
+    found = json.loads(done.stdout[done.stdout.index('{\n  "torch"') : done.stdout.rindex("}") + 1])
+    return {row["layout"]: row for row in found["layouts"]}
+
+
+def all_ok(done: "subprocess.CompletedProcess[str]") -> dict[str, dict[str, Any]]:
+    """The rows that ran. All of them are right, and in all of them something was clipped and something not."""
+    rows = {name: row for name, row in rows_of(done).items() if row["verdict"] != "skipped"}
+    assert rows and {row["verdict"] for row in rows.values()} == {"ok"}, rows
     assert done.returncode == 0, done.stderr
-    rows = json.loads(done.stdout[done.stdout.index("{") :])["layouts"]
-    assert [row["layout"] for row in rows] == ["fsdp1 full orig", "fsdp1 full", "fsdp2"]
-    for row in rows:
-        assert row["verdict"] == "ok" and row["error"] < 1e-6 and row["collectives"] == 1
-        assert 0 < row["clipped_units"] < row["units"] and row["split_units"] > 0
+    assert all(0 < row["clipped_units"] < row["units"] for row in rows.values()), rows
+    return rows
+
+
+def need(*programs: str) -> None:
+    for program in programs:
+        if shutil.which(program, path=str(BIN)) is None:
+            pytest.skip(f"needs {program}")
+
+
+# ------------------------------------------------------------------------------------------------ every layout, at once
+
+
+@pytest.mark.parametrize("nproc", [2, 4])
+def test_every_layout_is_right_and_what_knows_no_shards_is_not(folder: Path, nproc: int) -> None:
+    rows = all_ok(check(folder, "--shard-unaware", "--json", nproc=nproc))
+    assert all(row["error"] < 1e-6 and row["units"] == 66 for row in rows.values())
+    whole = {"plain", "ddp", "zero0", "fsdp1 no-shard orig"}
+    flat = {f"fsdp1 {kind}" for kind in ("full", "full orig", "grad-op", "grad-op orig")} | {"zero1", "zero2", "zero3"}
+    placed = {"fsdp2", "tp"}
+    if nproc == 4:
+        flat |= {"fsdp1 hybrid", "fsdp1 hybrid orig"}
+        placed |= {"hsdp", "tp+fsdp2"}
+    assert set(rows) == whole | flat | placed | {"fsdp1 no-shard"}
+    for name, row in rows.items():
+        one, said = 4 * (row["collectives"] > 0), row["shard_unaware"]
+        assert row["bytes"] % 4 == 0 and row["bytes"] >= one * 2 * row["split_units"], row
+        if name in whole:
+            assert (row["collectives"], row["split_units"], said) == (0, 0, "right")
+        elif name in placed:
+            assert row["collectives"] > 0 and said.startswith("raises RuntimeError after"), row
+        else:  # a flat tensor, cut or not, is one unit to what does not know better
+            assert row["collectives"] == (name != "fsdp1 no-shard") and said.startswith("error"), row
+            assert float(said.split()[1]) > 0.1
+
+
+@pytest.mark.parametrize(
+    ("ranks", "runs"),
+    [(1, 0), (2, 1), (3, 1), (4, 5), (6, 5), (7, 1), (8, 5), (10, 4), (12, 5), (14, 4)],
+)
+def test_meshes_fit_the_ranks(ranks: int, runs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "get_world_size", lambda: ranks)
+    meshed = cases(["fsdp1 hybrid*", "*hsdp*", "tp*"])
+    assert sum(case.needs(False) is None for case in meshed) == runs
+    assert all(case.needs(True) for case in meshed if "tp" in case.name), "no plan for a model of the user's own"
+
+
+# -------------------------------------------------------------------------------------------------- a model of the user
+
+
+def test_a_model_without_a_loss(folder: Path) -> None:
+    """Named by globs, with noise for gradients; and in bf16, whose masters DeepSpeed keeps in fp32."""
+    rows = all_ok(check(folder, "--model", "mine:plain", "--layout", "fsdp?*", "--layout", "zero*", "--json"))
+    assert set(rows) > {"fsdp1 full", "fsdp1 full orig", "fsdp2", "zero0", "zero1", "zero2", "zero3"}
+    assert all(row["error"] < 1e-6 for row in rows.values())
+    assert all(rows[name]["collectives"] == 1 for name in ("fsdp1 full", "fsdp2", "zero1", "zero3"))
+    rows = all_ok(check(folder, "--model", "mine:half", "--layout", "fsdp2", "--layout", "zero2", "--json"))
+    assert 1e-4 < rows["fsdp2"]["error"] < 8e-3 and rows["zero2"]["error"] < 1e-6
+
+
+def test_small_gradients_of_large_weights(folder: Path) -> None:
+    pytest.importorskip("deepspeed")
+    rows = all_ok(check(folder, "--model", "mine:tiny", "--layout", "zero*", "--json"))
+    assert len(rows) == 4 and all(row["error"] < 1e-6 for row in rows.values())
+
+
+def test_units_of_a_mixture_of_experts(folder: Path) -> None:
+    """By default an expert is one unit, as to any AGC; with the dims said, each of its outputs is."""
+    chosen = ("--model", "mine:mixture", "--layout", "fsdp1 full", "--layout", "fsdp2", "--json")
+    for units, count in (((), 3 + 3 + 1), (("--units", "exp*=0,1", "--units", "*.bias="), 3 * 6 + 3 + 1)):
+        rows = all_ok(check(folder, *chosen, *units))
+        assert len(rows) == 2 and {row["units"] for row in rows.values()} == {count}
+
+
+@pytest.mark.parametrize("factory", ["fsdp1", "fsdp1_orig", "fsdp2", "shares", "engine"])
+def test_a_model_that_is_sharded_already(folder: Path, factory: str) -> None:
+    if factory == "engine":
+        pytest.importorskip("deepspeed")
+    (row,) = all_ok(check(folder, "--model", f"mine:{factory}", "--layout", "as-is", "--json")).values()
+    assert row["units"] == (18 if factory == "shares" else 12)
+    assert row["collectives"] == 1 and row["error"] < 1e-6
+
+
+# ----------------------------------------------------------------------------------------------------------- what fails
+
+
+@pytest.mark.parametrize(
+    ("factory", "said"),
+    [("forgets", "a gradient element is off by"), ("chatters", "collectives: 2, expected 1; numbers sent: ")],
+)
+def test_a_clip_that_is_wrong_is_called_wrong(folder: Path, factory: str, said: str) -> None:
+    done = check(folder, "--model", f"mine:{factory}", "--layout", "fsdp2", "--layout", "ddp", "--json")
+    assert done.returncode == 1
+    rows = rows_of(done)
+    assert rows["fsdp2"]["verdict"] == "wrong" and said in rows["fsdp2"]["note"], rows
+    assert rows["ddp"]["verdict"] == "ok"
+
+
+def test_nothing_to_compare_is_no_success(folder: Path) -> None:
+    done = check(folder, "--layout", "ddp", "--exclude", "*.bias", "--exclude", "*.weight", "--json")
+    assert done.returncode == 1
+    assert rows_of(done)["ddp"]["verdict"] == "vacuous", done.stdout
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--layout", "ddp", "--exclude", "*.bias", "--exclude", "*.weight"], "nothing to compare"),
-        (["--layout", "fsdp3"], "near names"),
-        (["--model", "nothing"], "package.module:factory"),
+        (["--layout", "fsdp3"], "near names: fsdp"),
+        (["--units", "*.weight:0"], "expected GLOB=DIMS"),
+        (["--units", "experts=0,one"], "expected GLOB=DIMS"),
+        (["--units", "w=0,0"], "distinct dims"),
     ],
 )
-def test_failure_is_an_exit_code(tmp_path: Path, arguments: list[str], said: str) -> None:
-    done = check(tmp_path, *arguments)
+def test_mistakes_are_told_before_anything_starts(
+    arguments: list[str], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    result = CliRunner().invoke(build(), ["check", *arguments])
+    assert result.exit_code == 2 and said in result.output, result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--layout", "as-is"], "give a factory"),
+        (["--model", "nothing"], "package.module:factory"),
+        (["--layout", "ddp", "--units", "up.weigth=0"], "near names: up.weight"),
+    ],
+)
+def test_mistakes(folder: Path, arguments: list[str], said: str) -> None:
+    done = check(folder, *arguments, nproc=1)
     assert done.returncode != 0 and said in done.stdout + done.stderr, (done.stdout, done.stderr)
+
+
+# ------------------------------------------------------------------------------------------------------------ launchers
+
+
+def test_the_table_under_mpirun(folder: Path) -> None:
+    need("mpirun")
+    launcher = (str(BIN / "mpirun"), "-n", "2", "--oversubscribe", "--bind-to", "none", sys.executable, "-m")
+    done = check(folder, "--layout", "fsdp2", "--layout", "hsdp", "--layout", "zero2", launcher=launcher)
+    assert done.returncode == 0, done.stderr
+    assert "2 ranks, torch" in done.stdout and "2 of 2 layouts give the unsharded answer" in done.stdout
+    assert "hsdp: needs at least 4 ranks" in done.stdout
+
+
+def test_the_deepspeed_launcher(folder: Path) -> None:
+    need("deepspeed")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    launcher = (
+        str(BIN / "deepspeed"),
+        "--num_gpus",
+        "2",
+        "--master_addr",
+        "127.0.0.1",
+        "--master_port",
+        port,
+        "--no_local_rank",
+    )
+    done = check(folder, "--layout", "zero*", "--json", launcher=(*launcher, "--module"))
+    assert set(all_ok(done)) == {"zero0", "zero1", "zero2", "zero3"}

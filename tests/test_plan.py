@@ -1,11 +1,17 @@
 """Plans for clusters that are not here: `dist-agc plan` and the arithmetic under it."""
 
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
+from typer.testing import CliRunner
 
 from dist_agc import AGCConfig
-from dist_agc.cli import shapes
+from dist_agc.cli import build, shapes
 from dist_agc.cli.plan import Planned, planned
 from dist_agc.fragments import Axis
 from dist_agc.layouts import make_fragments, virtual
@@ -81,6 +87,37 @@ def test_a_plan_does_not_grow_with_the_square_of_tensors_or_ranks() -> None:
     assert many.plan_bytes <= more * few.plan_bytes
 
 
+def calls(run: Callable[[], object]) -> int:
+    """How many functions are called, in Python and from it: what a plan costs, on any machine."""
+    count = 0
+
+    def see(frame: Any, event: str, argument: Any) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    before = sys.getprofile()
+    sys.setprofile(see)
+    try:
+        run()
+    finally:
+        sys.setprofile(before)
+    return count
+
+
+@pytest.mark.parametrize("layout", virtual.LAYOUTS)
+def test_every_tensor_costs_the_same_few_calls_to_plan(layout: str) -> None:
+    """However many there are, and on however many ranks; the torch calls among them take rows, not elements."""
+
+    def cost(tensors: int, world: int) -> int:
+        model = shapes.build({f"layers.{i}.weight": (96, 64) for i in range(tensors)})
+        sizes = {"tp+fsdp2": {"tensor": 8}, "hsdp": {"shard": 32}}.get(layout, {})
+        return calls(lambda: planned(model, layout, virtual.World(world, world // 2, **sizes), AGCConfig()))
+
+    few, many = cost(64, 64), cost(256, 64)
+    assert many < 1.02 * 4 * few and many / 256 < 400, (few, many)
+    assert cost(64, 16384) < 1.3 * few
+
+
 def test_axes_compare_by_their_ranks() -> None:
     assert Axis((0, 1, 2), 1) == Axis((0, 1, 2), 1)
     assert hash(Axis((0, 1, 2), 1)) == hash(Axis((0, 1, 2), 1))
@@ -106,3 +143,57 @@ def test_models_of_the_user() -> None:
         shapes.load("resnet5000")
     with pytest.raises(ValueError, match="cannot be loaded"):
         shapes.load("test_plan:missing")
+
+
+# ---------------------------------------------------------------------------------------------------------- the command
+
+
+def run(*arguments: str, exit_code: int = 0) -> str:
+    result = CliRunner().invoke(build(), ["plan", *arguments])
+    assert result.exit_code == exit_code, result.output
+    return result.output
+
+
+def test_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "250")
+    text = run("--model", "resnet50", "--model", "gpt2-small", "--world", "64", "--world", "128")
+    assert "resnet50" in text and "gpt2-small" in text
+    for layout in virtual.LAYOUTS:
+        rows = [line for line in text.splitlines() if line.startswith(f"│ {layout} ")]
+        assert len(rows) == 4, f"{layout}: two models and two worlds"
+    assert "plan CPU s" in text and "MB are sent by each rank" in text
+
+
+def test_lines_of_json() -> None:
+    lines = run("--model", "llama3-8b", "--layout", "fsdp1", "--layout", "hsdp", "--world", "256", "--json")
+    flat, hybrid = map(json.loads, lines.splitlines())
+    assert (flat["layout"], flat["world"], flat["model"]) == ("fsdp1", 256, "llama3-8b")
+    expected = plan("llama3-8b", "fsdp1", 256)
+    for name in ("split_units", "payload_bytes", "sent_bytes", "gradient_bytes", "elements_per_rank", "plan_bytes"):
+        assert flat[name] == getattr(expected, name)
+    assert 0 < flat["share"] < 0.001 and flat["seconds"] > 0
+    assert hybrid["elements_per_rank"] == 4 * flat["elements_per_rank"], "shards of 64 ranks of 256"
+
+
+def test_the_rank_and_the_sizes_are_the_users() -> None:
+    chosen = ["--model", "llama3-8b", "--layout", "tp+fsdp2", "--world", "64", "--json"]
+    first, last = (json.loads(run(*chosen, "--rank", rank)) for rank in ("0", "63"))
+    assert first["units"] == last["units"] and first["all_reduces"] == last["all_reduces"]
+    narrow = json.loads(run(*chosen, "--tensor", "2"))
+    assert narrow["elements_per_rank"] != first["elements_per_rank"]
+    halves = json.loads(run(*chosen, "--gradient-bytes", "2"))
+    assert halves["gradient_bytes"] == first["gradient_bytes"] / 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--layout", "fsdp3"], "'fsdp3' is not known"),
+        (["--model", "nothing"], "is no preset"),
+        (["--layout", "tp+fsdp2", "--tensor", "7"], "does not divide"),
+        (["--world", "8", "--layout", "ddp", "--rank", "8"], "not in a world of 8"),
+    ],
+)
+def test_mistakes(arguments: list[str], says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "250")
+    assert says in run(*arguments, exit_code=2)

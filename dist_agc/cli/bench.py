@@ -17,15 +17,14 @@ from . import launch, require
 if TYPE_CHECKING:
     from .timing import Method
 
-
-LAYOUTS = ("plain", "ddp", "fsdp1", "fsdp2")
+LAYOUTS = ("plain", "ddp", "fsdp1", "fsdp2", "hsdp", "tp+fsdp2", "zero1", "zero2", "zero3")
 
 
 def command(
     model: Annotated[
         str, typer.Option(help="gpt2-small, resnet50, or package.module:factory of a model.")
     ] = "gpt2-small",
-    layout: Annotated[str, typer.Option(help="plain, ddp, fsdp1 or fsdp2.")] = "plain",
+    layout: Annotated[str, typer.Option(help=f"{', '.join(LAYOUTS[:-1])} or {LAYOUTS[-1]}.")] = "plain",
     nproc: Annotated[int, typer.Option(min=1, help="Processes to start, where no launcher has.")] = 1,
     clipped: Annotated[
         list[float] | None, typer.Option(min=0, max=1, help="Share of units that are clipped.  [default: 0, 0.05, 1]")
@@ -33,25 +32,30 @@ def command(
     rounds: Annotated[int, typer.Option(min=1, help="Timed rounds; every method runs once in each.")] = 20,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of each process.  [default: torch's]")] = None,
     growth: Annotated[bool, typer.Option(help="Time against elements, tensors and ranks instead.")] = False,
+    scale: Annotated[float, typer.Option(min=0, help="With --growth: times the usual sizes.")] = 1.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     out: Annotated[Path, typer.Option(help="Folder for the chart.", file_okay=False)] = Path("runs/bench"),
 ) -> None:
     """Time clip() against clip_grad_norm_, other implementations of AGC, and reading weights and gradients once.
 
     Weights and gradients are made up, so that exactly the given share of units is clipped; nothing is trained. All
-    methods run in turn in every round, from the same gradients, and ratios are medians over rounds.
+    methods run in turn in every round, from the same gradients, and ratios are medians over rounds. With zero1, zero2
+    and zero3 it is engine.step() of DeepSpeed that is timed, against the same with its own gradient_clipping.
 
     [bold]Examples[/bold]
 
     \b
     dist-agc bench                                          # GPT-2 small, in one process
     dist-agc bench --model resnet50 --layout fsdp2 --nproc 2
+    dist-agc bench --layout zero2 --nproc 2
     dist-agc bench --model mypackage.models:make_model --clipped 0.1
     dist-agc bench --growth
     """
     require("cli", "matplotlib")
     if layout not in LAYOUTS:
         raise typer.BadParameter(f"{layout!r} is not known; choose from: {', '.join(LAYOUTS)}.", param_hint="--layout")
+    if layout.startswith("zero"):
+        require("deepspeed", "deepspeed")
     here = launch.place()
     if here is None and (nproc > 1 or layout != "plain") and not growth:
         raise typer.Exit(launch.torchrun(sys.argv[1:], nproc))
@@ -63,7 +67,7 @@ def command(
         torch.set_num_threads(threads)
     out.mkdir(parents=True, exist_ok=True)
     if growth:
-        _growth(out / "growth.png", as_json)
+        _growth(out / "growth.png", scale, as_json)
         return
     with launch.process_group(here) if here is not None else nullcontext():
         rank, size = (here.rank, here.size) if here is not None else (0, 1)
@@ -89,84 +93,89 @@ def _run(model: str, layout: str, share: float, rounds: int, *, quiet: bool) -> 
     from rich.progress import Progress
 
     from ..config import AGCConfig
-    from . import shapes, timing
+    from . import contenders, shapes, synthetic, timing
 
     config = AGCConfig(clipping_threshold=0.01, units=shapes.UNITS.get(model))
     try:
         weights, gradients = shapes.load(model, "cpu"), shapes.load(model, "cpu")
+        synthetic.fill(weights)
+        synthetic.turn_into_gradients(weights, gradients, share, config)
+        if layout.startswith("zero"):
+            found = contenders.in_steps(synthetic.Engine(weights, gradients, int(layout[-1])), config)
+        else:
+            weights, gradients = synthetic.sharded(weights, layout), synthetic.sharded(gradients, layout)
+            for parameter, gradient in zip(weights.parameters(), gradients.parameters(), strict=True):
+                parameter.grad = gradient.detach()
+            found = contenders.on_gradients(weights, layout, config)
     except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--model") from None
-    timing.fill(weights)
-    timing.turn_into_gradients(weights, gradients, share, config)
-    weights, gradients = timing.sharded(weights, layout), timing.sharded(gradients, layout)
-    for parameter, gradient in zip(weights.parameters(), gradients.parameters(), strict=True):
-        parameter.grad = gradient.detach()
-    found = timing.methods(weights, layout, config)
+        raise typer.BadParameter(str(error)) from None
     console = Console(stderr=True, quiet=quiet)
     with Progress(console=console, transient=True) as bar:
         task = bar.add_task(f"{share:.0%} of units clipped", total=rounds + 2)
-        grads = [timing.local(p.grad) for p in weights.parameters() if p.grad is not None]
-        timing.time_together(found, grads, rounds, lambda: bar.advance(task))
+        timing.time_together(found, rounds, lambda: bar.advance(task))
     return found
 
 
-def _norm(found: list[Method]) -> Method:
-    return next(m for m in found if "clip_grad_norm_" in m.name)
-
-
 def _record(method: Method, found: list[Method]) -> dict[str, Any]:
+    from .contenders import FLOOR
+
     if method.call is None:
         return {"method": method.name, "unavailable": method.reason}
-    ratios = {"to_clip_grad_norm": method.ratio(_norm(found)), "to_floor": method.ratio(found[0])}
-    return {"method": method.name, "median_ms": 1e3 * method.median, **ratios, **method.counts}
+    beside = {"to_norm_clip": [m for m in found if m.baseline], "to_floor": [m for m in found if m.name == FLOOR]}
+    ratios = {name: method.ratio(others[0]) for name, others in beside.items() if others}
+    return {"method": method.name, "ms": 1e3 * method.typical, **ratios, **method.counts}
 
 
 def _print(results: dict[float, list[Method]], title: str, machine: str, path: Path) -> None:
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
     console = Console(highlight=False)
     console.print(f"[bold]{title}[/bold]\n[dim]{machine}[/dim]")
     for share, found in results.items():
-        table = Table(title=f"{share:.0%} of units clipped", title_justify="left")
+        table = Table(
+            title=f"{share:.0%} of units clipped", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
+        )
         table.add_column("", no_wrap=True)
-        for heading in ("ms", "/ norm", "/ floor", "ops", "sends", "bytes", "extra MB"):
+        for heading in ("ms", "/ norm", "/ floor", "ops", "sends", "kB", "MB"):
             table.add_column(heading, justify="right")
         for method in found:
             record = _record(method, found)
-            if method.call is None:
-                table.add_row(method.name, *["–"] * 7)
-                continue
-            table.add_row(
-                method.name,
-                f"{record['median_ms']:.2f}",
-                f"{record['to_clip_grad_norm']:.2f}",
-                f"{record['to_floor']:.2f}",
-                str(record["operations"]),
-                str(record["collectives"]),
-                f"{record['bytes']:,}",
-                f"{record['peak_extra_bytes'] / 1e6:.2f}",
+            cells = (
+                f"{record[name] / unit:{form}}" if name in record else "–"
+                for name, unit, form in (
+                    ("ms", 1, ".2f"),
+                    ("to_norm_clip", 1, ".2f"),
+                    ("to_floor", 1, ".2f"),
+                    ("operations", 1, ",.0f"),
+                    ("collectives", 1, ".0f"),
+                    ("bytes", 1e3, ",.1f"),
+                    ("peak_extra_bytes", 1e6, ".2f"),
+                )
             )
+            table.add_row(method.name, *cells)
         console.print(table)
     for method in next(iter(results.values())):
         if method.call is None:
             console.print(f"[dim]{method.name}: {method.reason}[/dim]")
     console.print(
-        "ms: median. / norm and / floor: times that of clip_grad_norm_ and of reading W and G once, in the same round. "
-        "Ops: dispatched, without views. Sends: collectives, and their bytes. Extra: peak of what torch's profiler "
-        "sees allocated.",
+        "ms: median. / norm and / floor: times that of clipping by the norm of all gradients and of reading W and G "
+        "once, in the same round. Every 10: means over 10 calls, of which one measures weights. Ops: dispatched, "
+        "without views. Sends: collectives, and the kB given to them. MB: the most memory beyond what there was, "
+        "as torch's profiler sees it.",
         style="dim",
     )
     console.print(f"Chart: {path}")
 
 
-def _growth(path: Path, as_json: bool) -> None:
+def _growth(path: Path, scale: float, as_json: bool) -> None:
     from rich.console import Console
 
     from . import charts
     from .growing import curves
 
-    found = curves()
+    found = curves(scale)
     charts.growth(found, path)
     if as_json:
         print(json.dumps([{"against": c.against, "what": c.what, "points": c.points, "power": c.power} for c in found]))

@@ -24,7 +24,7 @@ def bars(results: Mapping[float, Sequence[Method]], path: Path, *, title: str, s
     panels = figure.subplots(len(results), 1, sharex=True, squeeze=False)[:, 0]
     for axes, (share, found) in zip(panels, results.items(), strict=True):
         ran = [m for m in found if m.call is not None]
-        times = [1e3 * m.median for m in ran]
+        times = [1e3 * m.typical for m in ran]
         drawn = axes.barh([m.name for m in ran], times, color=[OURS if "dist_agc" in m.name else OTHER for m in ran])
         axes.bar_label(drawn, labels=[f"{t:.1f}" for t in times], padding=4, fontsize=8.5, color=INK)
         axes.invert_yaxis()
@@ -39,8 +39,12 @@ def growth(curves: Sequence[Curve], path: Path) -> None:
     """Write a PNG with one log-log panel per curve, beside a line of slope 1."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 6.5), dpi=150, layout="constrained")
-    for axes, curve in zip(figure.subplots(2, 2).flatten(), curves, strict=True):
+    rows = -(-len(curves) // 2)
+    figure = Figure(figsize=(9, 3.25 * rows), dpi=150, layout="constrained")
+    panels = figure.subplots(rows, 2).flatten()
+    for axes in panels[len(curves) :]:
+        axes.set_visible(False)
+    for axes, curve in zip(panels, curves, strict=False):
         sizes, seconds = zip(*curve.points, strict=True)
         axes.loglog(sizes, [1e3 * s for s in seconds], marker="o", color=OURS)
         straight = [1e3 * seconds[-1] * size / sizes[-1] for size in sizes]

@@ -35,6 +35,20 @@ def _factory(spec: str | None) -> Callable[[], Any] | None:
     return found
 
 
+def _units(given: Sequence[str]) -> dict[str, tuple[int, ...]] | None:
+    """``["*.experts.*=0,1"]`` as `AGCConfig` takes it; no dims name the whole tensor."""
+    units = {}
+    for text in given:
+        pattern, equals, dims = text.rpartition("=")
+        try:
+            units[pattern] = tuple(int(dim) for dim in dims.split(",") if dim.strip())
+        except ValueError:
+            equals = ""
+        if not (pattern and equals):
+            raise typer.BadParameter(f"{text!r}: expected GLOB=DIMS, such as '*.experts.*=0,1'.", param_hint="--units")
+    return units or None
+
+
 def command(
     model: Annotated[
         str | None,
@@ -51,19 +65,39 @@ def command(
     exclude: Annotated[
         list[str] | None, typer.Option(help="A glob of parameters to leave alone, as in AGCConfig; repeatable.")
     ] = None,
+    units: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="GLOB=DIMS",
+            help="The dims that number the units of some parameters, as in AGCConfig: '*.experts.*=0,1'; repeatable.",
+        ),
+    ] = None,
+    shard_unaware: Annotated[
+        bool,
+        typer.Option(
+            "--shard-unaware", help="Show, too, what AGC does on each layout that is written for one process."
+        ),
+    ] = False,
     nproc: Annotated[int, typer.Option(min=1, max=64, help="Processes to start when none of the launchers did.")] = 2,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
 ) -> None:
     """Hold every layout that runs here against a float64 reference of the gathered tensors.
 
     Run it where you train: under torchrun, mpirun or the DeepSpeed launcher, [dim]torchrun --nproc-per-node 8 -m
-    dist_agc.cli check[/dim], or by itself, [dim]dist-agc check --nproc 4[/dim]. The exit code is 1 if any layout fails.
+    dist_agc.cli check[/dim], [dim]deepspeed --no_local_rank --module dist_agc.cli check[/dim], or by itself,
+    [dim]dist-agc check --nproc 4[/dim]. The exit code is 1 if any layout fails.
     """
+    from .. import AGCConfig, conformance
+
+    try:
+        config = AGCConfig(exclude=tuple(exclude or ()), units=_units(units or ()))
+        conformance.cases(layout or ())
+    except (TypeError, ValueError) as error:
+        raise typer.BadParameter(str(error)) from None
     here = launch.place()
     if here is None:
         raise typer.Exit(launch.torchrun(sys.argv[1:], nproc))
     factory = _factory(model)
-    from .. import AGCConfig, conformance
 
     def progress(name: str) -> None:
         if here.rank == 0:
@@ -72,12 +106,16 @@ def command(
     with _group(here):
         try:
             rows = conformance.run(
-                layout or (), factory=factory, config=AGCConfig(exclude=tuple(exclude or ())), progress=progress
+                layout or (),
+                factory=factory,
+                config=config,
+                shard_unaware=shard_unaware,
+                progress=progress,
             )
         except ValueError as error:
             raise typer.BadParameter(str(error)) from None
         if here.rank == 0:
-            print(_json(rows)) if as_json else _table(rows, here.size)
+            print(_json(rows)) if as_json else _table(rows, here)
         failed = any(row.failed for row in rows) or all(row.verdict == "skipped" for row in rows)
     raise typer.Exit(int(failed))
 
@@ -117,19 +155,26 @@ def _json(rows: Sequence[Row]) -> str:
     return json.dumps({"torch": torch.__version__, "layouts": [row.as_dict() for row in rows]}, indent=2)
 
 
-def _table(rows: Sequence[Row], size: int) -> None:
+def _table(rows: Sequence[Row], here: launch.Place) -> None:
     import torch
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
-    console = Console(highlight=False)
-    heading = f"{size} rank{'s' if size > 1 else ''}, torch {torch.__version__}"
-    table = Table(title=heading, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    # Open MPI gives every process a terminal of its own, also where its output goes into a file.
+    console = Console(highlight=False, force_terminal=False if here.launcher == "mpirun" else None)
+    if not console.is_terminal:
+        console.width = 120
+    heading = f"{here.size} rank{'s' if here.size > 1 else ''}, torch {torch.__version__}"
+    table = Table(title=heading, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("layout", no_wrap=True)
-    for name in ("error", "units", "clipped", "split", "collec-\ntives", "bytes"):
-        table.add_column(name, justify="right")
-    table.add_column("verdict")
+    for name in ("error", "units", "clipped", "split", "sends", "bytes"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("verdict", no_wrap=True)
+    beside = any(row.shard_unaware for row in rows)
+    if beside:
+        table.add_column("shard-unaware", overflow="fold")
     colours = {"ok": "green", "skipped": "dim"}
     notes = []
     for row in rows:
@@ -137,12 +182,21 @@ def _table(rows: Sequence[Row], size: int) -> None:
         numbers = (row.units, row.clipped_units, row.split_units, row.collectives, row.bytes)
         ran = row.verdict in ("ok", "wrong", "vacuous")
         cells = [f"{row.error:.1e}", *map(str, numbers)] if ran else [""] * 6
-        table.add_row(row.layout, *cells, f"[{colour}]{row.verdict}[/{colour}]")
+        short, _, long = row.shard_unaware.partition(": ")
+        table.add_row(row.layout, *cells, f"[{colour}]{row.verdict}[/{colour}]", *[short] * beside)
         if row.note:
-            notes.append(f"[{colour}]{row.layout}[/{colour}]: {row.note.replace('[', chr(92) + '[')}")
+            notes.append(f"[{colour}]{row.layout}[/{colour}]: {escape(row.note)}")
+        if long:
+            notes.append(f"{row.layout}, shard-unaware: {escape(long.partition('. ')[0])}")
     console.print(table)
     for note in notes:
         console.print(note, soft_wrap=True)
+    if beside:
+        console.print(
+            "Shard-unaware: AGC as it is written for one process, beside the same rule on whole tensors. Both errors "
+            "are the largest of any element, relative to it.",
+            style="dim",
+        )
     checked = [row for row in rows if row.verdict != "skipped"]
     good = sum(row.verdict == "ok" for row in checked)
     console.print(f"[bold]{good} of {len(checked)} layouts give the unsharded answer.[/bold]")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import gc
 import math
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,14 +33,15 @@ class Curve:
 
 
 def _time(call: Callable[[], object], repeats: int = 5) -> float:
-    """CPU seconds, so that other programs on the machine count little."""
+    """CPU seconds, the fewest of several: whatever else the machine does can only add to them."""
     call()
     seconds = []
     for _ in range(repeats):
+        gc.collect()  # what the call before left must not be cleared away in this one
         began = time.process_time()
         call()
         seconds.append(time.process_time() - began)
-    return statistics.median(seconds)
+    return min(seconds)
 
 
 def _clip(tensors: int, shape: tuple[int, int]) -> float:
@@ -50,20 +51,23 @@ def _clip(tensors: int, shape: tuple[int, int]) -> float:
     return _time(Clipper(parameters, AGCConfig()).clip)
 
 
-def _plan(layers: int, world: int, layout: str = "fsdp1") -> float:
-    model = shapes.build({f"layers.{i}.weight": (4096, 1024) for i in range(layers)})
+def _plan(layers: int, world: int, rows: int = 4096) -> float:
+    model = shapes.build({f"layers.{i}.weight": (rows, 1024) for i in range(layers)})
     here = World(world, world // 2)
-    return _time(lambda: Plan(make_fragments(place(model, layout, here), AGCConfig())), 3)
+    return _time(lambda: Plan(make_fragments(place(model, "fsdp1", here), AGCConfig())))
 
 
-def curves() -> list[Curve]:
-    elements = [(n * 1024, _clip(1, (n, 1024))) for n in (256, 1024, 4096, 16384, 32768)]
-    tensors = [(n, _clip(n, (16, 64))) for n in (64, 256, 1024, 4096)]
-    planned = [(n, _plan(n, 64)) for n in (64, 256, 1024, 4096)]
-    ranks = [(n, _plan(64, n)) for n in (64, 256, 1024, 4096, 16384)]
+def curves(scale: float = 1.0) -> list[Curve]:
+    """``scale``: times the usual sizes."""
+
+    def against(call: Callable[[int], float], *sizes: int) -> list[tuple[int, float]]:
+        scaled = sorted({max(2, round(scale * size)) for size in sizes})
+        return [(size, call(size)) for size in scaled]
+
     return [
-        Curve("clip()", "elements", elements),
-        Curve("clip()", "tensors", tensors),
-        Curve("planning", "tensors", planned),
-        Curve("planning", "ranks", ranks),
+        Curve("clip()", "rows of 1024", against(lambda n: _clip(1, (n, 1024)), 256, 1024, 4096, 16384, 32768)),
+        Curve("clip()", "tensors", against(lambda n: _clip(n, (16, 64)), 64, 256, 1024, 4096)),
+        Curve("planning", "rows of 1024", against(lambda n: _plan(64, 64, n), 256, 1024, 4096, 16384, 65536)),
+        Curve("planning", "tensors", against(lambda n: _plan(n, 64), 64, 256, 1024, 4096)),
+        Curve("planning", "ranks", against(lambda n: _plan(64, n), 64, 256, 1024, 4096, 16384)),
     ]

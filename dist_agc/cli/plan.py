@@ -120,7 +120,7 @@ def command(
     gpt2-small, llama3-8b, llama3-70b, llama3-405b, moe-8x7b.
 
     FSDP1 is taken to wrap every numbered module ("layers.0"), DeepSpeed to have one parameter group, and tensor
-    parallel to cut modules that are named as in Llama.
+    parallel to cut modules that are named as in Llama or in the preset gpt2-small.
 
     [bold]Examples[/bold]
 

@@ -15,13 +15,16 @@ import torch.distributed as dist
 from torch import nn
 
 from ..config import AGCConfig
-from ..names import named_parameters, near
+from ..layouts import place, zero
+from ..names import near
 from ..units import UnitRule, unit_rules
-from . import reference
-from .cases import CASES, Case, device, odd_loss, odd_model
-from .subjects import Loss, Subject
+from . import reference, unaware
+from .cases import AS_IS, CASES, Case, device, odd_loss, odd_model
+from .subjects import Loss, Subject, Tensors, is_engine
 
 Verdict = Literal["ok", "wrong", "vacuous", "error", "skipped"]
+Rules = dict[str, UnitRule | None]
+Factory = Callable[[], Any]
 
 # What one rounding to the dtype of the gradient, and the sums before it, may cost.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
@@ -29,7 +32,7 @@ TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-6, torch.bfloat16: 8e-3, tor
 
 @dataclass(frozen=True)
 class Row:
-    """What one layout gave. ``collectives`` and ``bytes`` are those of one clipping on one rank."""
+    """What one layout gave. ``collectives`` and ``bytes`` are what one rank gave to collectives in one clipping."""
 
     layout: str
     verdict: Verdict
@@ -40,6 +43,7 @@ class Row:
     split_units: int = 0
     collectives: int = 0
     bytes: int = 0
+    shard_unaware: str = ""  # what AGC does here that does not know of shards, where that was asked for
 
     @property
     def failed(self) -> bool:
@@ -50,11 +54,13 @@ class Row:
 
 
 def cases(patterns: Sequence[str]) -> list[Case]:
-    """The layouts that any of the globs names; all of them without a glob.
+    """The layouts that any of the globs names; all of them without a glob. ``["as-is"]`` is a model as it comes.
 
     Raises:
         ValueError: a pattern names none.
     """
+    if list(patterns) == [AS_IS.name]:
+        return [AS_IS]
     names = [case.name for case in CASES]
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
@@ -65,8 +71,9 @@ def cases(patterns: Sequence[str]) -> list[Case]:
 def run(
     patterns: Sequence[str] = (),
     *,
-    factory: Callable[[], Any] | None = None,
+    factory: Factory | None = None,
     config: AGCConfig | None = None,
+    shard_unaware: bool = False,
     progress: Callable[[str], None] = lambda name: None,
 ) -> list[Row]:
     """Check layouts one after the other. Every rank of the default process group must call it.
@@ -77,24 +84,27 @@ def run(
             without a loss gradients are noise. Without a factory: a small model of odd shapes.
         config: exclusions and units of that model. The threshold is chosen between its units' ratios, so that some
             are clipped and some are not.
+        shard_unaware: say of each layout, too, what AGC does there that is written for one process.
 
     Returns:
         One row per layout, the same on every rank.
     """
-    as_is = list(patterns) == ["as-is"]
-    if as_is and factory is None:
+    chosen = cases(patterns)
+    if chosen == [AS_IS] and factory is None:
         raise ValueError("as-is checks a model of your own: give a factory.")
-    chosen = [Case("as-is", lambda own: None, Subject)] if as_is else cases(patterns)
     # DTensor remarks on how it gathers, which only the reference does.
     logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)
-    rows = []
+    config, rows = config or AGCConfig(), []
     for case in chosen:
         progress(case.name)
-        rows.append(_agreed(_guarded(case, factory, config or AGCConfig())))
+        row = _agreed(_guarded(case, factory, config))
+        if shard_unaware and row.verdict not in ("skipped", "error"):
+            row = replace(row, shard_unaware=_shard_unaware(case, factory, config))
+        rows.append(row)
     return rows
 
 
-def _guarded(case: Case, factory: Callable[[], Any] | None, config: AGCConfig) -> Row:
+def _guarded(case: Case, factory: Factory | None, config: AGCConfig) -> Row:
     missing = case.needs(factory is not None)
     if missing:
         return Row(case.name, "skipped", missing)
@@ -125,7 +135,7 @@ def _agreed(row: Row) -> Row:
     )
 
 
-def _made(factory: Callable[[], Any] | None) -> tuple[nn.Module, Loss | None]:
+def _made(factory: Factory | None) -> tuple[nn.Module, Loss | None]:
     made = (odd_model(), odd_loss) if factory is None else factory()
     model, loss = made if isinstance(made, tuple) else (made, None)
     if not isinstance(model, nn.Module):
@@ -133,27 +143,53 @@ def _made(factory: Callable[[], Any] | None) -> tuple[nn.Module, Loss | None]:
     return model, loss
 
 
-def _rules(model: nn.Module, config: AGCConfig) -> dict[str, UnitRule | None]:
-    named = [n for n in named_parameters(model) if n.parameter.requires_grad]
-    rules = unit_rules(named, [tuple(n.parameter.shape) for n in named], config)
-    return {n.name: rule for n, rule in zip(named, rules, strict=True)}
+def _rules(model: nn.Module, config: AGCConfig) -> Rules:
+    placed = zero.place(model) if is_engine(model) else place(model)
+    rules = unit_rules([p.named for p in placed], [p.layout.shape for p in placed], config)
+    return {p.named.name: rule for p, rule in zip(placed, rules, strict=True) if p.named.parameter.requires_grad}
 
 
-def _check(case: Case, factory: Callable[[], Any] | None, config: AGCConfig) -> Row:
+@dataclass(frozen=True)
+class _Prepared:
+    """A model under one layout with gradients; its rules, and its full tensors before clipping.
+
+    ``threshold`` lies between the ratios of its units; None where no threshold does.
+    """
+
+    subject: Subject
+    rules: Rules
+    weights: Tensors
+    grads: Tensors
+    threshold: float | None
+
+
+def _prepare(case: Case, factory: Factory | None, config: AGCConfig) -> _Prepared:
     model, loss = _made(factory)
     rules = _rules(model, config)
-    # The layouts' own tensors make the gradient's dtype; the model before sharding already says it.
-    tolerance = max(TOLERANCE.get(p.dtype, 1e-6) for p in model.parameters() if p.requires_grad)
     subject = case.build(model.to(device()), loss)
     subject.backward()
     weights, grads = subject.tensors()
     if set(weights) != set(rules):
-        return Row(case.name, "error", f"gathered other parameters: {sorted(set(weights) ^ set(rules))[:5]}")
+        raise RuntimeError(f"gathered other parameters: {sorted(set(weights) ^ set(rules))[:5]}")
     threshold = reference.threshold_between(reference.ratios(weights, grads, rules, config.eps))
-    config = replace(config, clipping_threshold=threshold, dry_run=False, statistics=True, weight_norm_interval=1)
-    expected = reference.clip(weights, grads, rules, config)
+    return _Prepared(subject, rules, weights, grads, threshold)
+
+
+def _tolerance(subject: Subject) -> float:
+    return max(TOLERANCE.get(dtype, 1e-6) for dtype in subject.dtypes())
+
+
+def _check(case: Case, factory: Factory | None, config: AGCConfig) -> Row:
+    made = _prepare(case, factory, config)
+    subject = made.subject
+    if made.threshold is None:
+        return Row(case.name, "vacuous", "fewer than two units have gradients that differ: nothing to compare")
+    config = replace(config, clipping_threshold=made.threshold, dry_run=False, statistics=True, weight_norm_interval=1)
+    expected, shares = reference.clip(made.weights, made.grads, made.rules, config), subject.has_shares()
     stats = subject.clip(config)
     error = reference.worst_error(subject.clipped(), expected.grads)
+    tolerance = _tolerance(subject)
+    sent = subject.sent(config)
     stages = [stage for part in subject.parts() for stage in part.plan.stages]
     row = Row(
         case.name,
@@ -162,15 +198,17 @@ def _check(case: Case, factory: Callable[[], Any] | None, config: AGCConfig) -> 
         units=stats.units,
         clipped_units=int(stats.clipped_units),
         split_units=sum(stage.slots for stage in stages),
-        collectives=len(stages),
-        bytes=sum(4 * stage.numel() for stage in stages),
+        collectives=sent.collectives,
+        bytes=sent.bytes,
     )
     counts = {
         "units": (stats.units, expected.units),
         "clipped units": (row.clipped_units, expected.clipped_units),
-        "collectives": (subject.measured(config), row.collectives),
     }
-    wrong = [f"{name}: {a}, expected {b}" for name, (a, b) in counts.items() if a is not None and a != b]
+    if not shares:
+        counts["collectives"] = sent.collectives, len(stages)
+        counts["numbers sent"] = sent.elements, sum(stage.numel() for stage in stages)
+    wrong = [f"{name}: {a}, expected {b}" for name, (a, b) in counts.items() if a != b]
     for name, a, b in (
         ("grad_norm", float(stats.grad_norm), expected.grad_norm),
         ("max_ratio", float(stats.max_ratio), expected.max_ratio),
@@ -179,8 +217,31 @@ def _check(case: Case, factory: Callable[[], Any] | None, config: AGCConfig) -> 
             wrong.append(f"{name}: {a:.7g}, expected {b:.7g}")
     if error > tolerance:
         wrong.append(f"a gradient element is off by {error:.2g} of its value, allowed {tolerance:.0e}")
-    if wrong:
-        return replace(row, verdict="wrong", note="; ".join(wrong))
-    if not 0 < row.clipped_units < row.units:
-        return replace(row, verdict="vacuous", note=f"{row.clipped_units} of {row.units} units were clipped")
-    return row
+    return replace(row, verdict="wrong", note="; ".join(wrong)) if wrong else row
+
+
+def _shard_unaware(case: Case, factory: Factory | None, config: AGCConfig) -> str:
+    """What the rule of one process gives on a fresh copy of the case, beside the same rule on the whole tensors.
+
+    That rule takes dim 0 for the units of every parameter and excludes none.
+    """
+    config = replace(config, units="leading", exclude=())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made = _prepare(case, factory, config)
+        if made.threshold is None:
+            return "nothing to compare"
+        config = replace(config, clipping_threshold=made.threshold)
+        raised = ""
+        try:
+            made.subject.hand_over(lambda tensors: unaware.clip(tensors, config.clipping_threshold, config.eps))
+        except RuntimeError as error:
+            raised = str(error)
+        said: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(said, raised)
+        if any(said):
+            return next(text for text in said if text)
+        expected = reference.clip(made.weights, made.grads, made.rules, config)
+        error = reference.worst_error(made.subject.clipped(), expected.grads)
+        dist.all_gather_object(said, error if error > _tolerance(made.subject) else 0.0)
+    return f"error {max(said):.3g}" if any(said) else "right"

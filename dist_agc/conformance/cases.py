@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .subjects import Loss, Subject, ZeroSubject
+from .subjects import Loss, Subject, ZeroSubject, is_engine
 
 Build = Callable[[nn.Module, "Loss | None"], Subject]
 
@@ -71,20 +72,18 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
-def _at_least(ranks: int, *, even: bool = False) -> Callable[[bool], str | None]:
+def _ranks(least: int, multiple: int = 1, most: float = math.inf) -> Callable[[bool], str | None]:
     def needs(own_model: bool) -> str | None:
         size = dist.get_world_size()
-        if size < ranks or (even and size % 2):
-            return (
-                f"needs {'an even number of ranks, ' if even else ''}at least {ranks}{' of them' if even else ' ranks'}"
-            )
-        return None
+        if size < least or size % multiple:
+            return f"needs at least {least} ranks{f', and a multiple of {multiple}' if multiple > 1 else ''}"
+        return f"needs at most {most} ranks" if size > most else None
 
     return needs
 
 
-def _tensor_parallel(ranks: int) -> Callable[[bool], str | None]:
-    enough = _at_least(ranks, even=True)
+def _tensor_parallel(least: int, multiple: int = 1, most: float = math.inf) -> Callable[[bool], str | None]:
+    enough = _ranks(least, multiple, most)
     return lambda own: (
         "needs a plan for the model's layers: shard it in the factory and use --layout as-is" if own else enough(own)
     )
@@ -180,14 +179,13 @@ def _zero(stage: int) -> Build:
         config = {
             "train_micro_batch_size_per_gpu": 1,
             "zero_optimization": {"stage": stage},
+            "bf16": {"enabled": any(p.dtype is torch.bfloat16 for p in model.parameters())},
             "gradient_clipping": 0.0,
             "zero_allow_untested_optimizer": True,
         }
-        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=ZeroSubject.LR)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
-        share = _share(loss, dist.get_rank())
-        assert share is not None
-        return ZeroSubject(engine, share)
+        return ZeroSubject(engine, _share(loss, dist.get_rank()))
 
     return build
 
@@ -198,7 +196,7 @@ def _deepspeed(own_model: bool) -> str | None:
     return None
 
 
-_ALWAYS = _at_least(1)
+_ALWAYS = _ranks(1)
 _STRATEGIES = {"FULL_SHARD": "full", "SHARD_GRAD_OP": "grad-op", "NO_SHARD": "no-shard", "HYBRID_SHARD": "hybrid"}
 
 CASES = [
@@ -207,15 +205,16 @@ CASES = [
     *(
         Case(
             f"fsdp1 {short}{' orig' if original else ''}",
-            _at_least(4, even=True) if strategy == "HYBRID_SHARD" else _ALWAYS,
+            _ranks(4, 2) if strategy == "HYBRID_SHARD" else _ALWAYS,
             _fsdp1(strategy, original),
         )
         for (strategy, short), original in itertools.product(_STRATEGIES.items(), (True, False))
     ),
     Case("fsdp2", _ALWAYS, _fsdp2),
-    Case("hsdp", _at_least(4, even=True), _hsdp),
-    Case("tp", _tensor_parallel(2), _tp),
-    Case("tp+fsdp2", _tensor_parallel(4), _tp_fsdp2),
-    Case("hsdp+tp", _tensor_parallel(8), _hsdp_tp),
+    Case("hsdp", _ranks(4, 2), _hsdp),
+    Case("tp", _tensor_parallel(2, most=7), _tp),  # rows of the layer that is cut: DTensor keeps no empty gradients
+    Case("tp+fsdp2", _tensor_parallel(4, 2), _tp_fsdp2),
+    Case("hsdp+tp", _tensor_parallel(8, 4), _hsdp_tp),
     *(Case(f"zero{stage}", _deepspeed, _zero(stage)) for stage in range(4)),
 ]
+AS_IS = Case("as-is", _ALWAYS, lambda made, loss: (ZeroSubject if is_engine(made) else Subject)(made, loss))

@@ -76,15 +76,14 @@ def clip(
     )
 
 
-def threshold_between(values: list[float]) -> float:
+def threshold_between(values: list[float]) -> float | None:
     """A threshold near the median with room on both sides: rounding cannot move a unit across it.
 
-    Raises:
-        ValueError: fewer than two units have a gradient, so that no threshold can clip some and leave some.
+    None where fewer than two ratios differ, so that no threshold can clip some and leave some.
     """
     ordered = sorted(set(values))
     if len(ordered) < 2:
-        raise ValueError(f"{len(ordered)} units have a gradient other than zero: nothing to compare")
+        return None
     middle = range(len(ordered) // 4, max(3 * len(ordered) // 4, len(ordered) // 4 + 1))
     at = max((i for i in middle if i + 1 < len(ordered)), key=lambda i: ordered[i + 1] / ordered[i])
     return math.sqrt(ordered[at] * ordered[at + 1])

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from ..clipper import Clipper
 from ..config import AGCConfig
+from ..layouts import zero
 from ..names import module_paths, named_parameters
 from ..part import Part
 from ..stats import ClipStats
+from .counting import Operations
 
 Tensors = dict[str, Tensor]
 Loss = Callable[[nn.Module], Tensor]
@@ -43,8 +47,9 @@ class Subject:
         if self.loss is not None:
             self.loss(self.model).backward()
             return
-        for parameter in _leaves(self.model):
-            parameter.grad = _noise_like(parameter)
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                parameter.grad = _noise_like(parameter)
 
     def tensors(self) -> tuple[Tensors, Tensors]:
         """Full weights and gradients of the trainable parameters by name; a gradient may be missing."""
@@ -66,40 +71,61 @@ class Subject:
         assert stats is not None
         return stats
 
+    def hand_over(self, clip: Callable[[list[Tensor]], None]) -> None:
+        """Call ``clip`` with what an optimizer holds, where an optimizer would step."""
+        clip(list(self.model.parameters()))
+
     def clipped(self) -> Tensors:
         return self.tensors()[1]
+
+    def dtypes(self) -> set[torch.dtype]:
+        """Those of the gradients that are clipped."""
+        return {p.dtype for p in self.model.parameters() if p.requires_grad}
 
     def parts(self) -> list[Part]:
         assert self.clipper is not None
         return [self.clipper.part()]
 
-    def measured(self, config: AGCConfig) -> int | None:
-        """Collectives of one more clipping, counted by torch; None where they cannot be told from others."""
-        from torch.distributed.tensor.debug import CommDebugMode
+    def has_shares(self) -> bool:
+        """Whether gradients come as shares of a sum, which clipping completes: that is sent beside what is planned."""
+        placements = [getattr(p.grad, "placements", ()) for p in self.model.parameters()]
+        return any(placement.is_partial() for found in placements for placement in found)
 
-        with CommDebugMode() as seen:
+    def sent(self, config: AGCConfig) -> Operations:
+        """What one more clipping sends; the first of a plan sends its agreement check too."""
+        with Operations() as seen:
             self.clip(config)
-        return seen.get_total_counts()
+        return seen
 
 
 class ZeroSubject(Subject):
-    """A DeepSpeed engine. AGC runs inside its step, so plain SGD with a learning rate shows what it clipped."""
+    """A DeepSpeed engine. Clipping runs inside its step: what the base optimizer holds is looked at there.
 
-    # A large one: the step is then mostly gradient, and little of it is lost in the weight's own rounding.
-    LR = 2.0**24
+    Full tensors come from DeepSpeed's own interface, which knows nothing of how dist_agc reads its partitions.
+    """
 
-    def __init__(self, engine: Any, loss: Loss) -> None:
+    def __init__(self, engine: Any, loss: Loss | None = None) -> None:
         super().__init__(engine, loss)
-        self.engine = engine
+        self.engine, self.optimizers = engine, zero.optimizers(engine)
         self.hook: Any = None
-        self.before: Tensors = {}
+        self.seen = Operations()
+        self._counting = ExitStack()
+        self._kept: list[tuple[Tensor, Tensor]] = []  # what the base optimizer holds, and its gradient
 
     def backward(self) -> None:
-        assert self.loss is not None
-        self.engine.backward(self.loss(self.engine))
+        if self.loss is not None:
+            self.engine.backward(self.loss(self.engine))
+            return
+        from deepspeed.runtime.zero import GatheredParameters
 
-    def _named(self) -> Iterable[tuple[str, Any]]:
-        return ((n.name, n.parameter) for n in named_parameters(self.engine.module) if n.parameter.requires_grad)
+        # A loss without a forward pass, whose gradients are the noise.
+        parameters = [p for _, p in self._named()]
+        with GatheredParameters(parameters, enabled=hasattr(parameters[0], "ds_id")):
+            loss = torch.stack([(p * _noise_like(p)).sum() for p in parameters]).sum()
+            self.engine.backward(loss)
+
+    def _named(self) -> list[tuple[str, Any]]:
+        return [(n.name, n.parameter) for n in named_parameters(self.engine.module) if n.parameter.requires_grad]
 
     def _weights(self) -> Tensors:
         from deepspeed.utils import safe_get_full_fp32_param
@@ -109,26 +135,70 @@ class ZeroSubject(Subject):
     def tensors(self) -> tuple[Tensors, Tensors]:
         from deepspeed.utils import safe_get_full_grad
 
-        self.before = self._weights()
         grads = {name: safe_get_full_grad(p) for name, p in self._named()}
-        return self.before, {name: full(g) for name, g in grads.items() if g is not None}
+        return self._weights(), {name: full(g) for name, g in grads.items() if g is not None}
 
     def clip(self, config: AGCConfig) -> ClipStats:
         from ..hooks import attach
 
+        def count(*_: Any) -> None:
+            self._counting.enter_context(self.seen)
+
+        for optimizer in self.optimizers:
+            optimizer.register_step_pre_hook(count)
         self.hook = attach(self.engine, config=config)
-        self.engine.step()
+        self._step()
+        if self.hook.stats is None:
+            raise ValueError(
+                "the engine's step did not come to its optimizer: expected finite gradients and a "
+                "gradient_accumulation_steps of 1."
+            )
         return self.hook.stats
 
+    def hand_over(self, clip: Callable[[list[Tensor]], None]) -> None:
+        for optimizer in self.optimizers:
+            optimizer.register_step_pre_hook(lambda one, *_: clip(_held(one)))  # returns None, as a hook must
+        self._step()
+
+    def _step(self) -> None:
+        def keep(optimizer: Optimizer, *_: Any) -> None:
+            self._counting.close()
+            self._kept += [(p, p.grad.clone()) for p in _held(optimizer) if p.grad is not None]
+
+        last = [optimizer.register_step_pre_hook(keep) for optimizer in self.optimizers]
+        self.engine.step()
+        for handle in last:
+            handle.remove()
+
     def clipped(self) -> Tensors:
-        after = self._weights()
-        return {name: (before - after[name]) / self.LR for name, before in self.before.items()}
+        """What was kept, put together as DeepSpeed puts weights together: it takes their place for a moment."""
+        weights = [holder.detach().clone() for holder, _ in self._kept]
+        for holder, grad in self._kept:
+            holder.detach().copy_(grad)
+        found = self._weights()
+        for (holder, _), weight in zip(self._kept, weights, strict=True):
+            holder.detach().copy_(weight)
+        return found
+
+    def dtypes(self) -> set[torch.dtype]:
+        return {grad.dtype for _, grad in self._kept}
 
     def parts(self) -> list[Part]:
         return list(self.hook.clipper._parts.values())
 
-    def measured(self, config: AGCConfig) -> int | None:
-        return None
+    def sent(self, config: AGCConfig) -> Operations:
+        self.seen = Operations()
+        self.backward()
+        self._step()
+        return self.seen
+
+
+def is_engine(model: object) -> bool:
+    return any(kind.__name__ == "DeepSpeedEngine" for kind in type(model).__mro__)
+
+
+def _held(optimizer: Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def _is_fsdp1(module: nn.Module) -> bool:
@@ -141,11 +211,9 @@ def _flat_modules(model: nn.Module) -> list[nn.Module]:
 
 def _summoned(model: nn.Module) -> Any:
     """FSDP1 with original parameters shows them whole, gradients too, inside of this context."""
-    import contextlib
-
     flat: list[Any] = _flat_modules(model)
     if not flat or not flat[0]._use_orig_params:
-        return contextlib.nullcontext()
+        return nullcontext()
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     return FullyShardedDataParallel.summon_full_params(model, writeback=False, with_grads=True)
@@ -175,11 +243,6 @@ def _flat_tensors(model: nn.Module) -> tuple[Tensors, Tensors]:
                 path = paths[id(info.module)]
                 found[f"{path}.{info.param_name}" if path else info.param_name] = full(part.view(shape))
     return weights, grads
-
-
-def _leaves(model: nn.Module) -> list[Tensor]:
-    """The tensors that an optimizer would hold."""
-    return [p for p in model.parameters() if p.requires_grad]
 
 
 def _noise_like(parameter: Tensor) -> Tensor:

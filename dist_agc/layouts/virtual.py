@@ -22,9 +22,13 @@ from .zero import FlatPartition, _cut, _Interval
 
 LAYOUTS = ("ddp", "fsdp1", "fsdp2", "hsdp", "tp+fsdp2", "zero0", "zero1", "zero2", "zero3")
 
-# How torchtitan and transformers cut Llama-like models over tensor-parallel ranks: by name of the module.
-COLUMNWISE = ("*q_proj", "*k_proj", "*v_proj", "*gate_proj", "*up_proj", "*embed_tokens", "*lm_head")
-ROWWISE = ("*o_proj", "*down_proj")
+# How torchtitan and transformers cut Llama-like models over tensor-parallel ranks, and Megatron GPT-2: by name of the
+# module.
+COLUMNWISE = (
+    *("*q_proj", "*k_proj", "*v_proj", "*gate_proj", "*up_proj", "*embed_tokens", "*lm_head"),
+    *("h.*.attn", "h.*.fc"),
+)
+ROWWISE = ("*o_proj", "*down_proj", "h.*.proj", "h.*.out")
 
 _FSDP1_ALIGNMENT = 16  # bytes; with use_orig_params, where FSDP1 begins every parameter
 _ZERO_ALIGNMENT = 2  # DeepSpeed's nccl_start_alignment_factor: a group is padded to this times the number of ranks

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 import dist_agc
 import oracle
 from dist_agc import reduce
+from elsewhere import Journeys
 from helpers import (
     agc,
     assert_clipped,
@@ -24,6 +25,7 @@ from helpers import (
     noisy_grads,
     reference,
     storages,
+    worst_relative_error,
 )
 
 pytestmark = pytest.mark.mpi(min_size=2)
@@ -127,14 +129,58 @@ def test_several_meshes(world: Any) -> None:
 
 
 def test_cpu_offload_with_a_group_of_another_device(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No NCCL here: that the packed buffer, and not the gradients, would move is seen in where it would lie."""
+    """Gradients on the CPU, a group that only an accelerator can serve: the packed buffer travels there and back."""
     assert reduce.communication_device(torch.device("cpu"), dist.group.WORLD) == torch.device("cpu")
-    monkeypatch.setattr(reduce.dist, "get_backend_config", lambda group: "cuda:nccl")
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
-    assert reduce.communication_device(torch.device("cpu"), dist.group.WORLD) == torch.device("cuda", 3)
-    assert reduce.communication_device(torch.device("cuda", 1), dist.group.WORLD) == torch.device("cuda", 1)
     monkeypatch.setattr(reduce.dist, "get_backend_config", lambda group: "cpu:gloo,cuda:nccl")
     assert reduce.communication_device(torch.device("cpu"), dist.group.WORLD) == torch.device("cpu")
+    monkeypatch.undo()
+
+    bag = Bag({"bias": (12,), "gain": (7,), "weight": (5, 12)})
+    threshold = threshold_of(bag)
+    spread(bag, world.mesh(), {"bias": [Shard(0)], "gain": [Shard(0)], "weight": [Shard(1)]})
+    expected, raw = reference(bag, rows(bag), threshold), [local(p.grad).clone() for p in bag.parameters()]
+    clipper = dist_agc.Clipper(bag, clipping_threshold=threshold)
+    clipper.clip()  # the ranks agree, on the CPU
+    for parameter, grad in zip(bag.parameters(), raw, strict=True):
+        local(parameter.grad).copy_(grad)
+    places = storages(bag)
+    monkeypatch.setattr(reduce.dist, "get_backend_config", lambda group: "cuda:nccl")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)  # there is no such device, and none is used
+    assert reduce.communication_device(torch.device("cuda", 1), dist.group.WORLD) == torch.device("cuda", 1)
+    with Journeys() as seen:
+        stats = clipper.clip()
+    monkeypatch.undo()
+    assert_clipped(bag, stats, expected)
+    (stage,) = clipper.part().plan.stages
+    assert [numel for numel, _ in seen.sent] == seen.back == [stage.numel()]
+    assert not {place for _, place in seen.sent} & set(places.values()) and storages(bag) == places
+
+
+def test_stages_of_a_pipeline(world: Any) -> None:
+    """Each stage has layers of its own, here under equal names, sharded over its own ranks: no unit and no count of
+    one is mixed with the other's, and no stage waits for another. Statistics are those of the stage."""
+    shape = (2, 2) if world.size == 4 else (world.size, 1)
+    mesh = world.mesh(shape, ("pp", "dp"))
+    stage, ranks = mesh.get_local_rank("pp"), mesh["dp"].mesh.tolist()
+    torch.manual_seed(10 + stage)
+    bag = Bag({"weight": (5, 6), "bias": (9,)})
+    for parameter in bag.parameters():
+        assert parameter.grad is not None
+        parameter.grad *= 3.0**stage
+    threshold = world.gather(threshold_of(bag))[0]  # of the first stage, for all
+    spread(bag, mesh["dp"], {"weight": [Shard(1)], "bias": [Shard(0)]})
+    expected = reference(bag, rows(bag), threshold)
+    clipper = dist_agc.Clipper(bag, clipping_threshold=threshold)
+    assert [stage.axis.ranks for stage in clipper.part().plan.stages] == ([tuple(ranks)] if len(ranks) > 1 else [])
+    stats = clipper.clip() if stage == 0 else None
+    world.gather(None)  # the first stage is done before any other begins
+    stats = clipper.clip() if stage else stats
+    assert worst_relative_error(full_grads(bag), expected.grads) <= 1e-6
+    assert stats is not None and stats.units == expected.units
+    said = world.gather((stage, float(stats.grad_norm)))
+    assert len({norm for other, norm in said if other == stage}) == 1
+    assert len({norm for _, norm in said}) == len({other for other, _ in said}), "each stage has its own"
 
 
 def test_a_rank_without_gradients(world: Any) -> None:
@@ -174,9 +220,9 @@ def test_a_generator_that_was_used_up(world: Any) -> None:
     with pytest.raises(ValueError, match="used up"):
         dist_agc.apply_agc(parameters, threshold)
     expected = reference(bag, rows(bag), threshold)
-    dist_agc.apply_agc((p for p in bag.parameters()), threshold)
-    assert torch.equal(full_grads(bag)["bias"], full_grads(bag)["bias"])
-    assert max(float((full_grads(bag)[n] - g).abs().max()) for n, g in expected.grads.items()) < 1e-5
+    stats = agc((p for p in bag.parameters()), threshold)
+    assert worst_relative_error(full_grads(bag), expected.grads) <= 1e-6
+    assert int(stats.clipped_units) == expected.clipped_units > 0
 
 
 def test_norm_right_but_nothing_clipped(world: Any) -> None:

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 import dist_agc
 import oracle
+from dist_agc.conformance.subjects import Subject
 from helpers import agc, full, full_grads, trainable, worst_relative_error
 from models import THRESHOLD, awkward, batch, loss
 
@@ -33,6 +35,14 @@ def fsdp1(world: Any, model: nn.Module) -> nn.Module:
     )
 
 
+def fsdp1_flat(world: Any, model: nn.Module) -> nn.Module:
+    flat: dict[str, Any] = {"use_orig_params": False, "device_id": torch.device("cpu")}
+    model.frozen = FullyShardedDataParallel(
+        model.get_submodule("frozen"), **flat
+    )  # frozen and trained ones cannot share a flat one
+    return FullyShardedDataParallel(model, **flat)
+
+
 def fsdp2(world: Any, model: nn.Module) -> nn.Module:
     fully_shard(model, mesh=world.mesh())
     return model
@@ -42,6 +52,11 @@ def hsdp(world: Any, model: nn.Module) -> nn.Module:
     shape = (2, 2) if world.size == 4 else (1, world.size)
     fully_shard(model, mesh=world.mesh(shape, ("replicate", "shard")))
     return model
+
+
+def tp(world: Any, model: nn.Module) -> nn.Module:
+    plan = {"uneven": ColwiseParallel(use_local_output=False), "frozen": RowwiseParallel()}
+    return parallelize_module(model, world.mesh(names=("tp",)), plan)
 
 
 def rows_cut(world: Any, model: nn.Module) -> nn.Module:
@@ -62,10 +77,16 @@ LAYOUTS: dict[str, Callable[[Any, nn.Module], nn.Module]] = {
     "plain": lambda world, model: model,
     "ddp": ddp,
     "fsdp1": fsdp1,
+    "fsdp1 flat": fsdp1_flat,
     "fsdp2": fsdp2,
     "hsdp": hsdp,
+    "tp": tp,
     "rows cut": rows_cut,
 }
+
+
+def flat_parameters(model: nn.Module) -> bool:
+    return isinstance(model, FullyShardedDataParallel) and not model._use_orig_params
 
 
 @contextmanager
@@ -78,12 +99,16 @@ def whole(model: nn.Module) -> Iterator[None]:
 
 
 def everything(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    if flat_parameters(model):
+        return Subject(model).tensors()
     with whole(model):
         return {name: full(p) for name, p in trainable(model).items()}, full_grads(model)
 
 
 def spoil(model: nn.Module, bad: dict[str, tuple[int, ...]] = BAD) -> None:
     """Put values that are not finite into gradients, on whichever rank holds the place."""
+    if flat_parameters(model):
+        return spoil_flat(model, bad)
     with whole(model):
         for name, place in bad.items():
             grad = trainable(model)[name].grad
@@ -96,6 +121,22 @@ def spoil(model: nn.Module, bad: dict[str, tuple[int, ...]] = BAD) -> None:
                 grad[place] = VALUES[name]
 
 
+def spoil_flat(model: Any, bad: dict[str, tuple[int, ...]]) -> None:
+    """Parameters lie one after the other, with padding between them, and equal pieces of the whole on the ranks."""
+    flat, at = model._handle.flat_param, 0
+    originals = iter(zip(flat._param_infos, flat._shapes, strict=True))
+    for numel, padding in zip(flat._numels_with_padding, flat._is_padding_mask, strict=True):
+        if not padding:
+            info, shape = next(originals)
+            place = bad.get(f"{info.module_name}.{info.param_name}")
+            if place is not None:
+                inside = int(torch.arange(numel).view(shape)[place])
+                rank, local = divmod(at + inside, flat.grad.numel())
+                if rank == torch.distributed.get_rank():
+                    flat.grad[local] = VALUES[f"{info.module_name}.{info.param_name}"]
+        at += numel
+
+
 def sharded(world: Any, name: str) -> nn.Module:
     """A model with gradients, in this layout."""
     model = awkward()
@@ -103,7 +144,7 @@ def sharded(world: Any, name: str) -> nn.Module:
         loss(model, *batch(0)).backward()
         return rows_cut(world, model)
     model = LAYOUTS[name](world, model)
-    share = (0, 1) if name == "plain" else (world.rank, world.size)
+    share = (0, 1) if name in ("plain", "tp") else (world.rank, world.size)
     loss(model, *batch(0, rank=share[0], size=share[1])).backward()
     return model
 
@@ -176,7 +217,7 @@ def spoil_one_element(grad: Tensor) -> Tensor:
     return grad
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_deepspeed_overflow(world: Any, stage: int) -> None:
     """From ZeRO 1 on DeepSpeed skips a step with a value that is not finite (fp32 too; it refuses fp16 on a CPU), so
     AGC never sees it, and the next step is as ever. At ZeRO 0 the value reaches AGC."""
@@ -213,4 +254,46 @@ def test_deepspeed_overflow(world: Any, stage: int) -> None:
     assert engine.agc is not None and engine.agc.stats is not None
     assert int(engine.agc.stats.nonfinite_units) == 0 and int(engine.agc.stats.clipped_units) > 0
     assert all(bool(w.isfinite().all()) and not torch.equal(w, b) for w, b in zip(last, after, strict=True))
+    engine.destroy()
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("on_nonfinite", ["keep", "zero", "raise"])
+def test_deepspeed_in_bf16_hands_such_values_over(world: Any, stage: int, on_nonfinite: str) -> None:
+    """Where DeepSpeed is told not to look for overflow, flat partitions with values that are not finite reach AGC.
+    ZeRO 3 looks all the same."""
+    pytest.importorskip("deepspeed")
+    import deepspeed_runs as runs
+
+    from dist_agc.integrations.deepspeed import initialize
+
+    runs.prepare()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).bfloat16()
+    order = runs.order_of(model, [{"params": list(model.parameters())}])
+    rules = oracle.unit_rules(model)
+    model[2].get_parameter("weight").register_hook(spoil_one_element)
+    bf16 = {"enabled": True, "check_grad_overflow": False}
+    block = {"on_nonfinite": on_nonfinite, "clipping_threshold": 0.3}
+    settings = {**runs.config(world, stage), "bf16": bf16, "adaptive_gradient_clipping": block}
+    engine: Any
+    engine, *_ = initialize(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), config=settings)
+    watch, before = runs.Watch(runs.inner(engine)), runs.flat_weights(engine)
+    engine.backward(engine(torch.ones(4, 5, dtype=torch.bfloat16)).square().mean())
+    if on_nonfinite == "raise":
+        with pytest.raises(FloatingPointError, match="in 2.weight; no gradient was changed"):
+            engine.step()
+        assert all(torch.equal(a, b) for a, b in zip(runs.flat_weights(engine), before, strict=True))
+    else:
+        engine.step()
+        (call,) = watch.take()
+        weights, raw, clipped = (
+            runs.together(world, found, order, runs.kind_of(stage)) for found in (call.weights, call.raw, call.clipped)
+        )
+        expected = oracle.clip(weights, raw, rules, 0.3, on_nonfinite=on_nonfinite)
+        assert expected.nonfinite_units == 1 and 0 < expected.clipped_units < expected.units
+        assert worst_relative_error(clipped, expected.grads) < 1e-5
+        assert int(engine.agc.stats.nonfinite_units) == 1
+        assert int(engine.agc.stats.clipped_units) == expected.clipped_units
+    watch.remove()
     engine.destroy()

@@ -13,7 +13,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 import dist_agc
 from dist_agc.fragments import Fragment
-from dist_agc.layouts import make_fragments, place, virtual
+from dist_agc.layouts import Placed, make_fragments, place, virtual, zero
 from dist_agc.plan import Plan
 
 pytestmark = [
@@ -66,11 +66,11 @@ def described(fragments: Sequence[Fragment]) -> list[Any]:
     return [[f.name for f in plan.fragments], plan.blocks, plan.owners, plan.offsets, plan.units, stages]
 
 
-def check(world: Any, model: nn.Module, layout: str, **sizes: int) -> None:
+def check(world: Any, placed: Sequence[Placed], layout: str, **sizes: int) -> None:
     with torch.device("meta"):
         shapes = Model()
     expected = virtual.place(shapes, layout, virtual.World(world.size, world.rank, **sizes))
-    real = described(make_fragments(place(model), CONFIG))
+    real = described(make_fragments(placed, CONFIG))
     planned = described(make_fragments(expected, CONFIG))
     world.check(real == planned, f"{layout}: real {real}, planned {planned}")
     slots = sum(stage[2] for stage in real[-1])
@@ -81,7 +81,7 @@ def test_fsdp1(world: Any) -> None:
     model = Model()
     for i in range(2):
         model.layers[i] = FSDP(model.layers[i], use_orig_params=True, device_id=CPU)
-    check(world, FSDP(model, use_orig_params=True, device_id=CPU), "fsdp1")
+    check(world, place(FSDP(model, use_orig_params=True, device_id=CPU)), "fsdp1")
 
 
 def fsdp2(mesh: DeviceMesh, model: nn.Module | None = None) -> nn.Module:
@@ -93,12 +93,12 @@ def fsdp2(mesh: DeviceMesh, model: nn.Module | None = None) -> nn.Module:
 
 
 def test_fsdp2(world: Any) -> None:
-    check(world, fsdp2(world.mesh()), "fsdp2")
+    check(world, place(fsdp2(world.mesh())), "fsdp2")
 
 
 @pytest.mark.mpi(min_size=4)
 def test_hsdp(world: Any) -> None:
-    check(world, fsdp2(world.mesh((2, 2), ("replicate", "shard"))), "hsdp", shard=2)
+    check(world, place(fsdp2(world.mesh((2, 2), ("replicate", "shard")))), "hsdp", shard=2)
 
 
 def test_tensor_parallel_and_fsdp2(world: Any) -> None:
@@ -108,4 +108,19 @@ def test_tensor_parallel_and_fsdp2(world: Any) -> None:
     for layer in model.layers:
         assert isinstance(layer, nn.Module)
         parallelize_module(layer, mesh["tp"], {"q_proj": ColwiseParallel(), "o_proj": RowwiseParallel()})
-    check(world, fsdp2(mesh["dp"], model), "tp+fsdp2", tensor=tensor)
+    check(world, place(fsdp2(mesh["dp"], model)), "tp+fsdp2", tensor=tensor)
+
+
+# DeepSpeed and what it imports warn about each other's ways.
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_zero(world: Any, stage: int) -> None:
+    deepspeed = pytest.importorskip("deepspeed")
+    import deepspeed_runs as runs
+
+    runs.prepare()
+    model = Model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=runs.config(world, stage))
+    check(world, zero.place(engine), f"zero{stage}")
+    engine.destroy()

@@ -1,0 +1,111 @@
+"""The ways to clip that `bench` times."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..clipper import Clipper
+from ..config import AGCConfig
+from .synthetic import Engine
+from .timing import Method
+
+FLOOR, NORM, AGC, REUSED = "W and G read once", "clip_grad_norm_", "dist_agc", "dist_agc, every 10"
+DEEPSPEED, NOTHING = "gradient_clipping 1.0", "no clipping"
+INTERVAL = 10
+
+
+def on_gradients(model: nn.Module, layout: str, config: AGCConfig) -> list[Method]:
+    """What works on gradients where they lie; each starts from those that ``model`` has now."""
+    parameters = list(model.parameters())
+    pairs = [(local(p.detach()), local(p.grad)) for p in parameters if p.grad is not None]
+    grads = [grad for _, grad in pairs]
+    kept = [grad.clone() for grad in grads]
+
+    def fresh() -> None:
+        # In the order in which a backward pass ends with them: the first layers' are the last in the cache.
+        for grad, whole in zip(reversed(grads), reversed(kept), strict=True):
+            grad.copy_(whole)
+
+    def floor() -> None:
+        for weight, grad in pairs:
+            torch.linalg.vector_norm(weight)
+            torch.linalg.vector_norm(grad)
+
+    def norm() -> None:
+        # An infinite norm clips nothing and does all of the work: the gradients are multiplied by 1.
+        if layout == "fsdp1":
+            model.clip_grad_norm_(math.inf)  # pyright: ignore[reportCallIssue]
+        else:
+            torch.nn.utils.clip_grad_norm_(parameters, math.inf)
+
+    return [
+        Method(FLOOR, floor, fresh),
+        Method(f"FSDP1 {NORM}" if layout == "fsdp1" else NORM, norm, fresh, baseline=True),
+        Method(AGC, Clipper(model, config).clip, fresh),
+        Method(REUSED, Clipper(model, _reusing(config)).clip, fresh, period=INTERVAL),
+        _of_others("timm", _timm, lambda clip: clip(parameters, config.clipping_threshold, config.eps), fresh, layout),
+        _of_others("Composer", _composer, lambda clip: clip(model, config.clipping_threshold), fresh, layout),
+    ]
+
+
+def in_steps(engine: Engine, config: AGCConfig) -> list[Method]:
+    """``engine.step()`` of DeepSpeed with one clipping or another inside."""
+
+    def method(name: str, clipper: Clipper | None, norm: float = 0.0, **options: Any) -> Method:
+        return Method(name, engine.step, partial(engine.ready, clipper, norm), **options)
+
+    return [
+        method(NOTHING, None),
+        method(DEEPSPEED, None, 1.0, baseline=True),
+        method(AGC, Clipper.of_placed(engine.placed, config)),
+        method(REUSED, Clipper.of_placed(engine.placed, _reusing(config)), period=INTERVAL),
+    ]
+
+
+def local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _reusing(config: AGCConfig) -> AGCConfig:
+    return replace(config, weight_norm_interval=INTERVAL)
+
+
+def _of_others(
+    name: str, load: Callable[[], Any], call: Callable[[Any], Any], fresh: Callable[[], None], layout: str
+) -> Method:
+    if layout not in ("plain", "ddp"):
+        return Method(name, reason="knows no shards")
+    try:
+        clip = load()
+    except ImportError as error:
+        return Method(name, reason=f"not installed ({error})")
+    return Method(name, lambda: call(clip), fresh)
+
+
+def _timm() -> Callable[[Sequence[Tensor], float, float], None]:
+    # The one file: the package around it imports torchvision.
+    package = importlib.util.find_spec("timm")
+    if package is None or not package.submodule_search_locations:
+        raise ImportError("No module named 'timm'")
+    path = Path(package.submodule_search_locations[0], "utils", "agc.py")
+    spec = importlib.util.spec_from_file_location("timm_utils_agc", path)
+    if spec is None or spec.loader is None or not path.exists():
+        raise ImportError(f"timm has no {path}")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.adaptive_clip_grad
+
+
+def _composer() -> Callable[[nn.Module, float], None]:
+    clip = import_module("composer.algorithms.gradient_clipping").apply_gradient_clipping
+    return lambda model, threshold: clip(model, "adaptive", threshold, False)
