@@ -11,7 +11,7 @@ import sys
 from importlib import import_module
 from importlib.util import find_spec
 
-COMMANDS = ("demo", "check", "report", "advise", "bench", "plan")
+COMMANDS = ("demo", "check", "report", "advise", "bench", "plan", "study")
 
 
 def main() -> None:

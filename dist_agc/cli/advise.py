@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from . import require
-from .runs import Run, read
+from .runs import Counted, Run, read
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 # (from this batch size on, threshold, who says so)
 PUBLISHED = (
@@ -41,10 +43,10 @@ def command(
     console = Console(highlight=False)
     found = False
     for run in read(files):
-        thresholds, parameters = run.ratios()
-        if parameters:
+        counted = run.ratios()
+        if counted.parameters:
             found = True
-            console.print(_table(run, thresholds, list(parameters.values())))
+            console.print(_table(run, counted))
     if not found:
         raise typer.BadParameter(
             "no line has agc/ratios: write dist_agc.ratios(model).as_dict() before clipping, every 100 steps or so."
@@ -62,24 +64,27 @@ def _larger(batch_size: int, least: int) -> bool:
     return any(other > least and batch_size >= other for other, _, _ in PUBLISHED)
 
 
-def shares(thresholds: Sequence[float], counts: Sequence[Sequence[int]]) -> list[tuple[float, float, float]]:
+def shares(counted: Counted) -> list[tuple[float, float, float]]:
     """(threshold, share of all units above it, share of parameters with any unit above it)."""
-    units = sum(row[0] for row in counts)
+    rows = counted.parameters.values()
+    units, *above = counted.totals()
     return [
-        (value, sum(row[k] for row in counts) / units, sum(row[k] > 0 for row in counts) / len(counts))
-        for k, value in enumerate(thresholds, start=1)
+        (value, total / units, sum(row[k] > 0 for row in rows) / len(rows))
+        for k, (value, total) in enumerate(zip(counted.thresholds, above, strict=True), start=1)
     ]
 
 
-def _table(run: Run, thresholds: Sequence[float], counts: Sequence[Sequence[int]]):
+def _table(run: Run, counted: Counted) -> Table:
     from rich.table import Table
 
-    measured = sum("agc/ratios" in line for line in run.lines)
-    table = Table(title=f"{run.name}: {measured} steps measured, {sum(row[0] for row in counts) // measured:,} units")
+    title = f"{run.name}: {counted.lines} steps measured, {counted.totals()[0] // counted.lines:,} units"
+    if counted.left_out:
+        title += f"; {counted.left_out} with other thresholds left out"
+    table = Table(title=title)
     for heading in ("threshold", "units clipped", "parameters touched"):
         table.add_column(heading, justify="right")
     table.add_column("")
-    for value, of_units, of_parameters in shares(thresholds, counts):
+    for value, of_units, of_parameters in shares(counted):
         used = "← this run's" if run.threshold is not None and abs(run.threshold / value - 1) < 1e-6 else ""
         table.add_row(f"{value:.4g}", f"{of_units:.2%}", f"{of_parameters:.0%}", used or "▇" * round(20 * of_units))
     return table

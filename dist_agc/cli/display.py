@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ from .launch import Place
 from .training import Run, Step
 
 PLAIN_LINES = 8  # of each run
+PLAIN_SECONDS = 30  # between lines of long work
 
 
 def percent(value: float | None) -> str:
@@ -67,6 +69,28 @@ class Display:
                     self.say(f"{label}  step {step.number:4}/{steps}  {figures(step)}{note}")
 
             yield show
+
+    @contextmanager
+    def work(self, label: str, pieces: int) -> Iterator[Callable[[], None]]:
+        """Yields what to call with every piece of work that is done; shows how long the rest will take."""
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[left]}")
+        began = said = time.monotonic()
+        done = 0
+        with Progress(*columns, console=self.console, disable=not self.console.is_terminal) as bar:
+            task = bar.add_task(label, total=pieces, left="")
+
+            def advance() -> None:
+                nonlocal done, said
+                done += 1
+                now = time.monotonic()
+                seconds = (now - began) / done * (pieces - done)
+                left = f"{seconds / 60:.0f} minutes left" if seconds > 90 else f"{seconds:.0f} seconds left"
+                bar.update(task, completed=done, left=left)
+                if not self.console.is_terminal and (done in (1, pieces) or now - said > PLAIN_SECONDS):
+                    said = now
+                    self.say(f"{label}  {done}/{pieces}, {left}")
+
+            yield advance
 
     def table(self, runs: Sequence[Run]) -> None:
         """One column per run: narrow terminals have room for that."""

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-from .runs import Run
+from .runs import PER_PARAMETER, Run
 
 COLOURS = ("#1f6f8b", "#c8553d", "#6b8e23", "#7a5195")
 INK, FAINT, GRID = "#2b2b2b", "#6a6a6a", "#e6e6e6"
@@ -44,13 +44,14 @@ def lines(runs: Sequence[Run], key: str, *, percent: bool = False, log: bool = F
 
 
 def heat_map(run: Run) -> str | None:
-    """Clip fraction of every parameter over the steps; None where there are no statistics per parameter."""
+    """Clip fraction of every parameter over the steps, of those clipped most where there are more than `ROWS`; None
+    where there are no statistics per parameter."""
     names = run.parameters()
     if not names:
         return None
-    series = {name: dict(run.series(f"agc/clip_fraction/{name}")) for name in names}
+    series = {name: dict(run.series(PER_PARAMETER + name)) for name in names}
     if len(names) > ROWS:
-        most = set(sorted(names, key=lambda name: fmean(series[name].values() or [0.0]), reverse=True)[:ROWS])
+        most = set(sorted(names, key=lambda name: fmean(series[name].values()), reverse=True)[:ROWS])
         names = [name for name in names if name in most]
     steps = sorted({step for name in names for step in series[name]})
     groups = _groups(len(steps), COLUMNS)
@@ -80,13 +81,13 @@ def heat_map(run: Run) -> str | None:
 
 def histogram(runs: Sequence[Run]) -> str | None:
     """Share of units by ratio, the threshold marked; None where no run has counted ratios."""
-    counted = [(i, run, *run.ratios()) for i, run in enumerate(runs)]
-    counted = [entry for entry in counted if entry[3]]
-    if not counted:
+    counts = [(i, run, run.ratios()) for i, run in enumerate(runs)]
+    counts = [entry for entry in counts if entry[2].parameters]
+    if not counts:
         return None
     figure, axes = _figure(3.6, 2.1)
-    for i, run, thresholds, parameters in counted:
-        totals = [sum(counts[k] for counts in parameters.values()) for k in range(len(thresholds) + 1)]
+    for i, run, counted in counts:
+        totals, thresholds = counted.totals(), counted.thresholds
         between = [(a - b) / totals[0] for a, b in zip(totals, [*totals[1:], 0], strict=True)]
         step = thresholds[-1] / thresholds[-2] if len(thresholds) > 1 else 2.0
         edges = [thresholds[0] / step, *thresholds, thresholds[-1] * step]

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 # By name of the launcher: where it tells a process its rank, the number of processes, and how many are on this host.
 LAUNCHERS = {
@@ -27,6 +28,9 @@ class Place:
     launcher: str
     rank: int
     size: int
+
+
+ALONE = Place("", 0, 1)
 
 
 def place(env: Mapping[str, str] = os.environ) -> Place | None:
@@ -69,16 +73,21 @@ def torchrun(arguments: Sequence[str], nproc: int) -> int:
 
 @contextmanager
 def process_group(here: Place) -> Iterator[None]:
-    """The default process group: gloo, over the loopback unless the launcher names another address."""
+    """The default process group: gloo, over the loopback unless the launcher names another address.
+
+    Of `ALONE`, a group of this process, whatever a launcher says.
+    """
     import torch.distributed as dist
 
     former = signal.signal(signal.SIGTERM, signal.default_int_handler)  # launchers pass Ctrl-C on as SIGTERM
     if sys.platform == "linux" and os.environ.get("MASTER_ADDR", "localhost") in ("127.0.0.1", "localhost"):
         # Else gloo looks up the host's own name, which not every machine can resolve.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    dist.init_process_group(
-        "gloo", init_method=meeting_point(os.environ), rank=here.rank, world_size=here.size, timeout=GROUP_TIMEOUT
-    )
+    if here is ALONE:
+        meeting: dict[str, Any] = {"store": dist.HashStore()}  # pyright: ignore[reportPrivateImportUsage]
+    else:
+        meeting = {"init_method": meeting_point(os.environ)}
+    dist.init_process_group("gloo", **meeting, rank=here.rank, world_size=here.size, timeout=GROUP_TIMEOUT)
     try:
         yield
     finally:

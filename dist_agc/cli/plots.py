@@ -27,21 +27,25 @@ def comparison(runs: Sequence[Run], path: Path, *, title: str, subtitle: str) ->
     figure.text(0.085, 0.937, subtitle, fontsize=9.5, color=FAINT, va="top")
     loss, accuracy, clipped = figure.subplots(3, 1, sharex=True, height_ratios=[3, 3, 2])
     for axes, heading in ((loss, "Loss"), (accuracy, "Accuracy"), (clipped, "Share of units that AGC clipped")):
-        axes.set_title(heading, loc="left", fontsize=10.5, color=INK)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.spines[["left", "bottom"]].set_color(FAINT)
-        axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
-        axes.set_axisbelow(True)
+        dress(axes, heading)
     _losses(loss, runs)
     _accuracies(accuracy, runs)
     _clip_fractions(clipped, runs)
-    for axes in (loss, accuracy, clipped):
-        axes.tick_params(which="both", colors=FAINT, labelsize=9)
     clipped.set_xlim(1, max(2, *(len(run.steps) for run in runs)))
     clipped.xaxis.get_major_locator().set_params(integer=True)
     clipped.set_xlabel("step", color=FAINT, fontsize=9)
     loss.legend(frameon=False, fontsize=9, loc="upper right", labelcolor=INK)
     figure.savefig(path)
+
+
+def dress(axes: Axes, heading: str) -> None:
+    """The look of every panel."""
+    axes.set_title(heading, loc="left", fontsize=10.5, color=INK)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(FAINT)
+    axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(which="both", colors=FAINT, labelsize=9)
 
 
 def _line(run: Run) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from . import require
-from .runs import Run, read
+from .runs import PER_PARAMETER, Run, is_number, read
 
 WORST = 15
 
@@ -80,13 +80,16 @@ def page(runs: Sequence[Run], title: str) -> str:
     sections += [_section(heading, svg) for heading, svg in panels if svg is not None]
     histogram = figures.histogram(runs)
     if histogram is None:
-        histogram = _note(
-            "No ratios were counted in this run: write <code>dist_agc.ratios(model).as_dict()</code> too."
-        )
+        histogram = _note("No ratios were counted: write <code>dist_agc.ratios(model).as_dict()</code> too.")
+    for run in runs:
+        if left_out := run.ratios().left_out:
+            histogram += _note(f"{left_out} lines of {html.escape(run.name)} with other thresholds are left out.")
     sections.append(_section("How large are the ratios?", histogram))
     for run in runs:
         svg = figures.heat_map(run)
         if svg is not None:
+            if (every := len(run.parameters())) > figures.ROWS:
+                svg += _note(f"The {figures.ROWS} parameters that are clipped most, of {every}.")
             sections.append(_section(f"Share of units clipped, by parameter: {run.name}", svg))
             sections.append(_section(f"Clipped most: {run.name}", _worst(run)))
         elif run.series("agc/clip_fraction"):
@@ -124,8 +127,6 @@ def _summary(runs: Sequence[Run]) -> str:
         clip = [y for _, y in run.series("agc/clip_fraction")]
         norms = [y for _, y in run.series("agc/grad_norm")]
         units = [y for _, y in run.series("agc/units")]
-        losses = run.series("loss")
-        lost = "not finite" if losses and run.lines[-1].get("loss") is None else ""
         columns.append(
             [
                 f'<span class="key" style="background:{COLOURS[i % len(COLOURS)]}"></span>{html.escape(run.name)}',
@@ -134,8 +135,8 @@ def _summary(runs: Sequence[Run]) -> str:
                 f"{fmean(clip):.1%}" if clip else "–",
                 f"{median(norms):.3g}" if norms else "–",
                 f"{sum(y > 0 for _, y in run.series('agc/nonfinite_units'))}",
-                f"{run.lines[-1]['step']:g}",
-                lost or (f"{losses[-1][1]:.4g}" if losses else "–"),
+                _step(run.lines[-1]["step"]),
+                _last_loss(run),
             ]
         )
     names = ["threshold", "units", "clipped, mean", "gradient norm, median", "steps with inf or nan", "last step"]
@@ -143,14 +144,26 @@ def _summary(runs: Sequence[Run]) -> str:
     return _table([], rows)
 
 
+def _step(value: float) -> str:
+    return f"{value:,.0f}" if value == int(value) else f"{value:,.6g}"  # some count epochs
+
+
+def _last_loss(run: Run) -> str:
+    """Of the last line that says something of it; evaluations may have lines of their own."""
+    losses = [line["loss"] for line in run.lines if "loss" in line]
+    if not losses:
+        return "–"
+    return f"{losses[-1]:.4g}" if is_number(losses[-1]) else "not finite"
+
+
 def _worst(run: Run) -> str:
-    thresholds, counted = run.ratios()
+    counted = run.ratios()
     rows = []
     for name in run.parameters():
-        shares = [y for _, y in run.series(f"agc/clip_fraction/{name}")]
+        shares = [y for _, y in run.series(PER_PARAMETER + name)]
         norms = [y for _, y in run.series(f"agc/grad_norm/{name}")]
         if shares:
-            rows.append((fmean(shares), max(shares), name, max(norms, default=0.0), counted.get(name)))
+            rows.append((fmean(shares), max(shares), name, max(norms, default=0.0), counted.parameters.get(name)))
     rows.sort(key=lambda row: (-row[0], -row[1], row[2]))
     return _table(
         ["parameter", "mean", "at most", "norm at most", "ratio at most"],
@@ -160,7 +173,7 @@ def _worst(run: Run) -> str:
                 f"{mean:.1%}",
                 f"{top:.1%}",
                 f"{norm:.3g}",
-                _reach(thresholds, counts),
+                _reach(counted.thresholds, counts),
             ]
             for mean, top, name, norm, counts in rows[:WORST]
         ),

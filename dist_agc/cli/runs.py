@@ -4,12 +4,32 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import typer
+
+PER_PARAMETER = "agc/clip_fraction/"  # before the name of a parameter
+
+
+@dataclass(frozen=True)
+class Counted:
+    """Ratios, added up over the lines that count them against the same thresholds as the first.
+
+    ``parameters``: by name, [units, those above the first threshold, above the second, ...]. ``left_out``: lines with
+    other thresholds, as a run has that was resumed with other ones.
+    """
+
+    thresholds: list[float] = field(default_factory=list)
+    parameters: dict[str, list[int]] = field(default_factory=dict)
+    lines: int = 0
+    left_out: int = 0
+
+    def totals(self) -> list[int]:
+        """The same over all parameters."""
+        return [sum(column) for column in zip(*self.parameters.values(), strict=True)]
 
 
 @dataclass
@@ -25,44 +45,47 @@ class Run:
 
     def series(self, key: str) -> list[tuple[float, float]]:
         """(step, value) wherever the value is a finite number."""
-        found = ((line["step"], line.get(key)) for line in self.lines)
-        return [(step, float(v)) for step, v in found if isinstance(v, int | float) and math.isfinite(v)]
+        return [(line["step"], float(line[key])) for line in self.lines if is_number(line.get(key))]
 
     @property
     def threshold(self) -> float | None:
         value = self.settings.get("clipping_threshold")
-        return float(value) if isinstance(value, int | float) else None
+        return float(value) if is_number(value) and value > 0 else None
 
     def parameters(self) -> list[str]:
         """Those with statistics of their own, in the order of the model."""
-        start = "agc/clip_fraction/"
-        return list(dict.fromkeys(k[len(start) :] for line in self.lines for k in line if k.startswith(start)))
+        found = (k for line in self.lines for k, v in line.items() if k.startswith(PER_PARAMETER) and is_number(v))
+        return list(dict.fromkeys(key[len(PER_PARAMETER) :] for key in found))
 
-    def ratios(self) -> tuple[list[float], dict[str, list[int]]]:
-        """(thresholds, by parameter [units, above the first threshold, ...]), added up over the lines with them."""
-        thresholds: list[float] = []
+    def ratios(self) -> Counted:
+        """Parameters without units are left out, so that what is there can be divided by."""
+        found = [line["agc/ratios"] for line in self.lines if "agc/ratios" in line]
+        same = [counts for counts in found if counts["thresholds"] == found[0]["thresholds"]]
         total: dict[str, list[int]] = {}
-        for found in (line["agc/ratios"] for line in self.lines if "agc/ratios" in line):
-            if found["thresholds"] != thresholds and thresholds:
-                continue  # a run that was resumed with other ones
-            thresholds = found["thresholds"]
-            for name, counts in found["parameters"].items():
-                total[name] = [a + b for a, b in zip(total.get(name, [0] * len(counts)), counts, strict=True)]
-        return thresholds, total
+        for counts in same:
+            for name, row in counts["parameters"].items():
+                total[name] = [a + b for a, b in zip(total.get(name, [0] * len(row)), row, strict=True)]
+        total = {name: row for name, row in total.items() if row[0] > 0}
+        return Counted(found[0]["thresholds"] if found else [], total, len(same), len(found) - len(same))
+
+
+def is_number(value: object) -> TypeGuard[int | float]:
+    """Whether it is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def read(paths: Sequence[Path]) -> list[Run]:
     """The runs in these files, in order; a file may hold several, told apart by ``run``.
 
     Raises:
-        typer.BadParameter: no such file, a line that is no JSON object with a ``step``, nothing of AGC in any of them.
+        typer.BadParameter: no such file, a line that is not as docs/logging.md describes, nothing of AGC in any file.
     """
     runs: dict[tuple[Path, str], Run] = {}
-    for path in paths:
+    for path in dict.fromkeys(paths):
         for number, line in _objects(path):
-            if not isinstance(line.get("step"), int | float):
-                raise typer.BadParameter(f'{path}, line {number}: expected a "step", got {", ".join(line) or "{}"}.')
-            name = str(line.get("run", path.stem))
+            if problem := _problem(line):
+                raise typer.BadParameter(f"{path}, line {number}: {problem}.")
+            name = str(line.get("run") or path.stem)
             run = runs.setdefault((path, name), Run(name))
             run.lines.append(line)
             run.settings = line.get("settings") or run.settings
@@ -71,12 +94,54 @@ def read(paths: Sequence[Path]) -> list[Run]:
         raise typer.BadParameter(
             f"nothing in {', '.join(map(str, paths))} begins with agc/: write ClipStats.as_dict()."
         )
-    names = [run.name for run in found]
-    for (path, _), run in runs.items():
+    names, files = [run.name for run in found], _short({path for path, _ in runs})
+    for (path, name), run in runs.items():
         run.lines.sort(key=lambda line: line["step"])
-        if names.count(run.name) > 1:
-            run.name = f"{path.stem}: {run.name}" if run.name != path.stem else str(path)
+        if names.count(name) > 1:
+            run.name = files[path] if name == path.stem else f"{files[path]}: {name}"
     return found
+
+
+def _problem(line: Mapping[str, Any]) -> str | None:
+    """What is not as docs/logging.md says, of that which everything else relies on."""
+    if not is_number(line.get("step")):
+        return f'expected a "step" that is a number, got {_quoted(line.get("step", "none"))}'
+    if not isinstance(line.get("settings", {}), dict):
+        return f'expected "settings" to be an object, got {_quoted(line["settings"])}'
+    if "agc/ratios" not in line:
+        return None
+    counts = line["agc/ratios"]
+    expected = 'expected "agc/ratios" as dist_agc.ratios(...).as_dict() gives them'
+    if not isinstance(counts, dict) or not isinstance(counts.get("parameters"), dict):
+        return f'{expected}, an object with "thresholds" and "parameters"; got {_quoted(counts)}'
+    thresholds = counts.get("thresholds")
+    if not isinstance(thresholds, list) or not thresholds or not all(is_number(t) and t > 0 for t in thresholds):
+        return f"{expected}, with a list of positive thresholds; got {_quoted(thresholds)}"
+    if thresholds != sorted(set(thresholds)):
+        return f"{expected}, with thresholds that ascend; got {_quoted(thresholds)}"
+    for name, row in counts["parameters"].items():
+        whole = isinstance(row, list) and all(isinstance(n, int) and n >= 0 for n in row)
+        if not whole or len(row) != len(thresholds) + 1 or row != sorted(row, reverse=True):
+            return (
+                f"{expected}, for {name!r} the units and those above each of {len(thresholds)} thresholds, which "
+                f"become fewer; got {_quoted(row)}"
+            )
+    return None
+
+
+def _quoted(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _short(paths: Iterable[Path]) -> dict[Path, str]:
+    """The shortest ends of these paths, without the suffix, that tell them apart."""
+    paths = list(paths)
+    for length in range(1, max((len(path.parts) for path in paths), default=0) + 1):
+        ends = {path: str(Path(*path.with_suffix("").parts[-length:])) for path in paths}
+        if len(set(ends.values())) == len(paths):
+            return ends
+    return {path: str(path) for path in paths}
 
 
 def _objects(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
@@ -84,7 +149,7 @@ def _objects(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise typer.BadParameter(f"cannot read {path}: {error}.") from None
-    lines = text.splitlines()
+    lines = text.split("\n")
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .backends import Backend, Trainee
@@ -41,7 +41,8 @@ class Run:
     label: str
     clipping_threshold: float | None
     steps: list[Step] = field(default_factory=list)
-    test_accuracy: float | None = None  # None until it ended, and where it diverged
+    test_loss: float | None = None  # both None until it ended, and where it diverged
+    test_accuracy: float | None = None
 
     @property
     def diverged(self) -> bool:
@@ -71,8 +72,10 @@ def train(run: Run, task: Task, backend: Backend, seed: int) -> Iterator[Step]:
         yield step
         if step.diverged:
             return
+    if isinstance(trainee.model, nn.Module):
+        trainee.model.eval()
     with torch.no_grad():
-        run.test_accuracy = forward(trainee, task.test, torch.arange(len(task.test.inputs)))[2]
+        _, run.test_loss, run.test_accuracy = forward(trainee, task.test, torch.arange(len(task.test.inputs)))
 
 
 def batches(samples: int, size: int, steps: int, seed: int) -> Iterator[Tensor]:
