@@ -11,6 +11,7 @@ project = "dist_agc"
 author = "The dist_agc authors"
 version = release = dist_agc.__version__
 
+exclude_patterns = ["study/*.md"]  # what the command writes beside the page
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 myst_heading_anchors = 3  # so that page.md#section leads somewhere here and on a git host alike
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import pty
 import shutil
 import signal
 import subprocess
@@ -61,20 +62,81 @@ def assert_outputs(result: subprocess.CompletedProcess[str], folder: Path, task:
     for steps in (plain, clipped):
         assert [line["step"] for line in steps] == list(range(1, len(steps) + 1))
     assert plain[0]["loss"] == pytest.approx(clipped[0]["loss"]), "both start from the same weights and data"
-    assert all(set(line) == {"step", "run", "loss", "accuracy"} for line in plain)
+    assert all(set(line) - {"settings"} == {"step", "run", "loss", "accuracy"} for line in plain)
+    assert clipped[0]["settings"]["clipping_threshold"] > 0 and "settings" in plain[0]
     fractions = [line["agc/clip_fraction"] for line in clipped]
     assert any(0 < fraction < 1 for fraction in fractions), fractions
     return lines
 
 
 def test_digits_started_plainly_records_a_run_that_diverges(tmp_path: Path) -> None:
-    result = run(*DEMO, "--nproc", "2", "--lr", "4", "--steps", "8", cwd=tmp_path)
+    result = run(*DEMO, "--nproc", "2", "--lr", "2", "--steps", "16", cwd=tmp_path)
     lines = assert_outputs(result, tmp_path / "runs" / "demo", "digits")
     plain = [line for line in lines if line["run"] == "no-agc"]
-    assert len(plain) < 8 and plain[-1]["loss"] is None and all(math.isfinite(line["loss"]) for line in plain[:-1])
+    assert len(plain) < 16 and plain[-1]["loss"] is None and all(math.isfinite(line["loss"]) for line in plain[:-1])
     assert f"diverged at step {len(plain)}" in result.stdout
-    assert sum(line["run"] == "agc" for line in lines) == 8
+    assert sum(line["run"] == "agc" for line in lines) == 16
     assert "\x1b" not in result.stdout + result.stderr, "plain lines where the output is no terminal"
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_deepspeed_trains_as_fsdp2_does(stage: int, tmp_path: Path) -> None:
+    options = ("--steps", "12", "--lr", "1", "--clipping-threshold", "0.05")
+    expected, found = (
+        assert_outputs(
+            run(*DEMO, *options, "--backend", backend, "--out", backend, cwd=tmp_path), tmp_path / backend, "digits"
+        )
+        for backend in ("fsdp2", f"zero{stage}")
+    )
+    # Where the run without AGC breaks off is a matter of rounding.
+    agc = [[line for line in lines if line["run"] == "agc"] for lines in (expected, found)]
+    both = list(zip(*agc, strict=True))
+    assert [b["agc/units"] for _, b in both] == [a["agc/units"] for a, _ in both]
+    for a, b in both[:4]:  # later, rounding has grown
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-3)
+        assert abs(b["agc/clipped_units"] - a["agc/clipped_units"]) <= 1
+    # Counted before clipping, which leaves no ratio above the threshold.
+    counts = found[-1]["agc/ratios"]
+    first = next(i for i, threshold in enumerate(counts["thresholds"], start=1) if threshold > 0.05)
+    above = sum(row[first] for row in counts["parameters"].values())
+    assert 0 < above <= found[-1]["agc/clipped_units"]
+
+
+def test_a_terminal_sees_a_bar_with_loss_accuracy_and_clip_fraction(tmp_path: Path) -> None:
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(
+        (*DEMO, "--nproc", "1", "--steps", "30", "--lr", "0.1"),
+        cwd=tmp_path,
+        env=ENV | {"TERM": "xterm"},
+        stdin=subprocess.DEVNULL,
+        stdout=theirs,
+        stderr=theirs,
+    ) as process:
+        os.close(theirs)
+        said = b""
+        while True:
+            try:
+                piece = os.read(ours, 65536)
+            except OSError:  # Linux says so when the other end is closed
+                break
+            if not piece:
+                break
+            said += piece
+        assert process.wait(60) == 0
+    os.close(ours)
+    seen = said.decode()
+    assert "━" in seen and "30/30" in seen
+    assert all(word in seen for word in ("loss", "accuracy", "clipped"))
+
+
+def test_what_the_readme_promises(tmp_path: Path) -> None:
+    """The command as it is typed: without AGC training blows up, with it the digits are learned."""
+    result = run(*DEMO, cwd=tmp_path)
+    lines = assert_outputs(result, tmp_path / "runs" / "demo", "digits")
+    plain, clipped = ([line for line in lines if line["run"] == name] for name in ("no-agc", "agc"))
+    last = [line["accuracy"] for line in clipped[-10:]]
+    assert plain[-1]["loss"] is None or plain[-1]["loss"] > plain[0]["loss"]
+    assert sum(last) / len(last) > 0.9
 
 
 def test_text_under_mpirun(tmp_path: Path) -> None:

@@ -47,4 +47,4 @@ def zero(model: nn.Module, lr: float, *, stage: int) -> Trainee:
         engine.backward(loss)
         engine.step()
 
-    return Trainee(engine, step, partial(dist_agc.attach, engine))
+    return Trainee(engine, step, partial(dist_agc.attach, engine), optimizer)

@@ -17,11 +17,12 @@ from .backend_zero import zero
 
 @dataclass(frozen=True)
 class Trainee:
-    """A model that is ready to train, and the two things that differ between torch and an engine such as DeepSpeed."""
+    """A model that is ready to train, and what differs between torch and an engine such as DeepSpeed."""
 
     model: Callable[[Tensor], Tensor]
     step: Callable[[Tensor], None]  # of a loss: backward, update, gradients cleared
     attach: Callable[..., dist_agc.AGCHook]  # with the settings of AGC as keywords
+    optimizer: torch.optim.Optimizer  # that steps on the gradients once they are reduced
 
 
 Backend = Callable[[nn.Module, float], Trainee]  # of a model with `.blocks` and a learning rate
@@ -35,7 +36,7 @@ def _trainee(model: nn.Module, lr: float) -> Trainee:
         optimizer.step()
         optimizer.zero_grad()
 
-    return Trainee(model, step, partial(dist_agc.attach, model, optimizer))
+    return Trainee(model, step, partial(dist_agc.attach, model, optimizer), optimizer)
 
 
 def fsdp2(model: nn.Module, lr: float) -> Trainee:

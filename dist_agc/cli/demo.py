@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .tasks import Task
     from .training import Run, Step
 
+DETAILS = 20  # lines of a run with statistics of every parameter
 # Every process imports torch anew: more than a few on a core only make the start slow.
 MOST_PROCESSES = max(8, 4 * (os.cpu_count() or 1))
 
@@ -148,8 +149,8 @@ def _compare(here: launch.Place, task: Task, backend: str, seed: int, out: Path)
     with _statistics(here, out / f"{task.name}.jsonl") as log:
         for run in runs:
             with display.progress(run.label, task.steps) as show:
-                for step in train(run, task, BACKENDS[backend], seed):
-                    log.write(_json(run, step) + "\n")
+                for step in train(run, task, BACKENDS[backend], seed, max(1, task.steps // DETAILS)):
+                    log.write(_json(run, step, task) + "\n")
                     show(step)
     if here.rank == 0:
         from . import plots
@@ -160,6 +161,7 @@ def _compare(here: launch.Place, task: Task, backend: str, seed: int, out: Path)
         plots.comparison(runs, plot, title=task.title, subtitle=settings)
         display.written("Plot", plot)
         display.written("Statistics", out / f"{task.name}.jsonl")
+        display.say(f"More of it, by layer: dist-agc report {out / f'{task.name}.jsonl'}")
 
 
 def _statistics(here: launch.Place, path: Path) -> IO[str]:
@@ -169,9 +171,12 @@ def _statistics(here: launch.Place, path: Path) -> IO[str]:
     return open(path, "w", buffering=1, encoding="utf-8")
 
 
-def _json(run: Run, step: Step) -> str:
+def _json(run: Run, step: Step, task: Task) -> str:
     """One line of the statistics. JSON knows no inf or nan: they are null."""
     values: dict[str, Any] = {"step": step.number, "run": run.name, "loss": step.loss, "accuracy": step.accuracy}
+    if step.number == 1:
+        agc = {} if run.clipping_threshold is None else {"clipping_threshold": run.clipping_threshold}
+        values["settings"] = agc | ({"exclude": list(task.exclude)} if agc else {}) | {"lr": task.lr}
     values |= step.stats
     return json.dumps({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()})
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+import dist_agc
 
 from .backends import Backend, Trainee
 from .tasks import Split, Task
@@ -22,7 +25,7 @@ class Step:
     number: int  # from 1
     loss: float
     accuracy: float
-    stats: dict[str, float]  # ClipStats.as_dict(); empty without AGC
+    stats: dict[str, Any]  # what docs/logging.md describes; empty without AGC
 
     @property
     def diverged(self) -> bool:
@@ -54,20 +57,26 @@ class Run:
         return not self.steps[-1].loss <= self.steps[0].loss
 
 
-def train(run: Run, task: Task, backend: Backend, seed: int) -> Iterator[Step]:
-    """Train a new model, fill `run`, hand out each step. Stops early, without a test, when the loss is not finite."""
+def train(run: Run, task: Task, backend: Backend, seed: int, details: int | None = None) -> Iterator[Step]:
+    """Train a new model, fill `run`, hand out each step. Stops early, without a test, when the loss is not finite.
+
+    Each `details` steps the statistics tell every parameter apart and count ratios, which costs 27 clippings.
+    """
     torch.manual_seed(seed)  # every process makes the same weights
     trainee = backend(task.model(), task.lr)
-    hook = None
+    hook, counter = None, _Ratios(trainee.optimizer)
     if run.clipping_threshold is not None:
-        hook = trainee.attach(clipping_threshold=run.clipping_threshold, exclude=task.exclude)
+        hook = counter.hook = trainee.attach(clipping_threshold=run.clipping_threshold, exclude=task.exclude)
     for number, batch in enumerate(batches(len(task.train.inputs), task.batch_size, task.steps, seed), start=1):
         loss, losses, correct = forward(trainee, task.train, batch)
         step = Step(number, losses, correct, {})
         if not step.diverged:
+            detailed = details is not None and number % details == 0
+            counter.wanted = detailed
             trainee.step(loss)
             if hook is not None and hook.stats is not None:
-                step = Step(number, losses, correct, hook.stats.as_dict())
+                counts = counter.counts if detailed else {}
+                step = Step(number, losses, correct, hook.stats.as_dict(per_parameter=detailed) | counts)
         run.steps.append(step)
         yield step
         if step.diverged:
@@ -76,6 +85,20 @@ def train(run: Run, task: Task, backend: Backend, seed: int) -> Iterator[Step]:
         trainee.model.eval()
     with torch.no_grad():
         _, run.test_loss, run.test_accuracy = forward(trainee, task.test, torch.arange(len(task.test.inputs)))
+
+
+class _Ratios:
+    """Counts ratios where an optimizer is about to step, before AGC, which is attached later, changes them."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.hook: dist_agc.AGCHook | None = None
+        self.wanted = False
+        self.counts: dict[str, Any] = {}
+        optimizer.register_step_pre_hook(self._count)
+
+    def _count(self, *_: object) -> None:
+        if self.wanted and self.hook is not None:
+            self.counts = dist_agc.ratios(self.hook.clipper).as_dict()
 
 
 def batches(samples: int, size: int, steps: int, seed: int) -> Iterator[Tensor]:

@@ -222,6 +222,7 @@ def test_fabric_needs_no_callback(how: str, ranks: int, tmp_path: Path) -> None:
     workload.assert_as_oracle(workload.run(__file__, tmp_path, how, ranks=ranks))
 
 
+@pytest.mark.filterwarnings("ignore:The `srun` command")  # where SLURM is installed
 def test_lightnings_fsdp_strategy_cannot_run_here() -> None:
     """The day it runs on CPU, this fails and it gets a row above."""
     from lightning.pytorch import Trainer

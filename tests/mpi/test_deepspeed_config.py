@@ -125,7 +125,7 @@ def test_a_norm_that_the_user_asked_for_is_kept_and_runs_first(world, stage, cap
 
 
 @mpi
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_resuming_gives_the_weights_of_an_uninterrupted_run(world, stage, tmp_path):
     block = {"clipping_threshold": models.THRESHOLD}
     path = world.gather(str(tmp_path))[0]

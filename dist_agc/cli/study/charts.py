@@ -78,10 +78,10 @@ def _curves(axes: Axes, found: Cells, settings: Sequence[Setting], among: Sequen
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
-def _legend(figure: Figure, panels: Iterable[Axes]) -> None:
+def _legend(figure: Figure, panels: Iterable[Axes], most: int = 7) -> None:
     """One for all panels, below them."""
     lines = {label: line for axes in panels for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    where: dict[str, Any] = {"loc": "outside lower center", "ncols": min(7, len(lines))}
+    where: dict[str, Any] = {"loc": "outside lower center", "ncols": min(most, len(lines))}
     figure.legend(lines.values(), lines.keys(), **where, frameon=False, fontsize=8.5, labelcolor=INK)
 
 
@@ -158,5 +158,5 @@ def _text(found: Cells) -> Figure:
     axes = figure.subplots()
     dress(axes, "")
     _curves(axes, found, settings, [s.clipping for s in settings], sign=-1)
-    _legend(figure, [axes])
+    _legend(figure, [axes], 4)  # long labels
     return figure

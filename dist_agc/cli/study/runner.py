@@ -98,7 +98,7 @@ def _trainee(model: nn.Module, lr: float, *, task: Task, clipping: Clipping) -> 
         schedule.step()
         optimizer.zero_grad()
 
-    return Trainee(model, step, partial(dist_agc.attach, model, optimizer))
+    return Trainee(model, step, partial(dist_agc.attach, model, optimizer), optimizer)
 
 
 def _shard(model: nn.Module) -> None:
