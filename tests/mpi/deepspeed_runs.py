@@ -287,8 +287,10 @@ def final_weights(model: nn.Module, twin: Twin, stage: int) -> dict[str, Tensor]
 
 
 def flat_weights(engine: Any) -> list[Tensor]:
-    """This rank's fp32 partitions."""
+    """This rank's fp32 partitions; at stage 0 its weights."""
     outer = engine.optimizer
+    if isinstance(outer, torch.optim.Optimizer):
+        return [p.detach().clone() for p in engine.module.parameters()]
     flats = getattr(outer, "fp32_partitioned_groups_flat", None) or outer.single_partition_of_fp32_groups
     return [flat.detach().clone() for flat in flats]
 

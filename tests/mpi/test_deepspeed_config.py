@@ -2,6 +2,7 @@
 
 import json
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -161,4 +162,20 @@ def test_a_checkpoint_from_before_agc_does_not_bring_the_norm_clip_back(world, t
     runs.one_step(world, engine, 1)
     assert int(engine.agc.stats.clipped_units) > 0
     assert runs.keys_of(engine.optimizer.state_dict()) == keys  # AGC adds nothing
+    engine.destroy()
+
+
+@mpi
+def test_statistics_reach_deepspeeds_monitor(world, tmp_path):
+    path = world.gather(str(tmp_path))[0]
+    monitor = {"csv_monitor": {"enabled": True, "output_path": path, "job_name": "agc"}}
+    engine = engine_of(world, 1, block={"clipping_threshold": models.THRESHOLD}, **monitor)
+    runs.one_step(world, engine, 0)
+    values = engine.agc.stats.as_dict()
+    engine.monitor.write_events([(name, value, engine.global_samples) for name, value in values.items()])
+    world.gather(None)  # until rank 0 has written
+    if world.rank == 0:
+        for name, value in values.items():
+            (file,) = Path(path).rglob(f"{name.replace('/', '_')}.csv")
+            assert float(file.read_text().splitlines()[-1].split(",")[1]) == pytest.approx(value)
     engine.destroy()
