@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import pytest
+import workload
 
 import dist_agc
-import workload
 
 
 def statistics(*, per_parameter: bool) -> dict[str, float]:
