@@ -7,7 +7,7 @@ usage() {
   cat <<'END'
 bash tests/run.sh [STAGE ...] [-- PYTEST ARGUMENTS]
 
-Makes the environment if it is missing, runs the stages named (by default all) and stops at the
+Makes the environment if it is missing, runs the stages named (by default all but composer) and stops at the
 first that fails.
   lint      ruff check, ruff format --check
   types     pyright over dist_agc and tests
@@ -32,7 +32,7 @@ while (($#)); do
   shift
 done
 pytest_args=("$@")
-stages=${stages:- lint types docs unit mpi composer coverage}
+stages=${stages:- lint types docs unit mpi coverage}
 
 passed=0
 failed=0
