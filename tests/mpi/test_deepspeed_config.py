@@ -168,8 +168,8 @@ def test_a_checkpoint_from_before_agc_does_not_bring_the_norm_clip_back(world, t
 @mpi
 def test_statistics_reach_deepspeeds_monitor(world, tmp_path):
     path = world.gather(str(tmp_path))[0]
-    monitor = {"csv_monitor": {"enabled": True, "output_path": path, "job_name": "agc"}}
-    engine = engine_of(world, 1, block={"clipping_threshold": models.THRESHOLD}, **monitor)
+    monitor = {"enabled": True, "output_path": path, "job_name": "agc"}
+    engine = engine_of(world, 1, block={"clipping_threshold": models.THRESHOLD}, csv_monitor=monitor)
     runs.one_step(world, engine, 0)
     values = engine.agc.stats.as_dict()
     engine.monitor.write_events([(name, value, engine.global_samples) for name, value in values.items()])
