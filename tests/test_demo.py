@@ -37,6 +37,27 @@ def run(*command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+def interrupted(*command: str, cwd: Path, at: str) -> tuple[str, str]:
+    """What a command wrote, to stdout and to stderr, that got a Ctrl-C when it had said ``at``; it must end as such."""
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        command, cwd=cwd, env=ENV, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True
+    ) as process:
+        assert process.stdout is not None
+        said = ""
+        try:
+            while line := process.stdout.readline():
+                said += line
+                if at in line:
+                    break
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode == launch.INTERRUPTED, said + out + err
+    return said + out, err
+
+
 def invoke(*arguments: str) -> tuple[int, str]:
     """The command in this process: its exit code and, without the frames around messages, all it said."""
     result = CliRunner().invoke(cli.build(), arguments, env={"COLUMNS": "200", "TERM": "dumb"})
@@ -159,25 +180,7 @@ def test_a_failing_process_fails_the_command(tmp_path: Path) -> None:
 
 
 def test_interrupt_ends_all_processes_quietly(tmp_path: Path) -> None:
-    with subprocess.Popen(
-        (*DEMO, "--steps", "100000", "--lr", "0.1"),
-        cwd=tmp_path,
-        env=ENV,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        assert process.stdout is not None
-        try:
-            while line := process.stdout.readline():
-                if "step    1/" in line:
-                    break
-            process.send_signal(signal.SIGINT)
-            out, err = process.communicate(timeout=60)
-        finally:
-            process.kill()
-    assert process.returncode == launch.INTERRUPTED, out + err
+    _, err = interrupted(*DEMO, "--steps", "100000", "--lr", "0.1", cwd=tmp_path, at="step    1/")
     assert err.strip() == "dist-agc: interrupted, all processes are stopped."
     assert (tmp_path / "runs" / "demo" / "digits.jsonl").read_text().startswith('{"step": 1,')
 

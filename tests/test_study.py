@@ -19,7 +19,7 @@ from dist_agc.cli.study import pool, runner, sharded
 from dist_agc.cli.study.networks import NETWORKS
 from dist_agc.cli.study.results import Results
 from dist_agc.cli.study.trials import BATCHES, FULL, NONE, PARTS, QUICK, THRESHOLDS, Case, Clipping, Trial
-from test_demo import ENV, invoke
+from test_demo import ENV, interrupted, invoke
 
 STUDY = (sys.executable, "-m", "dist_agc.cli", "study")
 AGC = Clipping("agc", 0.01)
@@ -218,32 +218,22 @@ def test_quick_run_is_interrupted_goes_on_and_then_has_nothing_to_do(tmp_path: P
     path = tmp_path / "runs" / "study-quick" / "results.jsonl"
     total = {part: len(QUICK.trials(part, 1)) for part in ("images", "text")} | {"sharded": len(QUICK.cases())}
 
-    def start() -> subprocess.Popen[str]:
-        pipe = subprocess.PIPE
-        return subprocess.Popen(
-            command, cwd=tmp_path, env=ENV, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True
+    def finished(timeout: float) -> str:
+        stdin = subprocess.DEVNULL
+        done = subprocess.run(
+            command, cwd=tmp_path, env=ENV, stdin=stdin, capture_output=True, text=True, timeout=timeout
         )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
 
-    with start() as process:
-        assert process.stdout is not None
-        try:
-            while line := process.stdout.readline():
-                if "trials  1/" in line:
-                    break
-            process.send_signal(signal.SIGINT)
-            out, err = process.communicate(timeout=60)
-        finally:
-            process.kill()
-    assert process.returncode == launch.INTERRUPTED, out + err
+    out, err = interrupted(*command, cwd=tmp_path, at="trials  1/")
     assert "the same command goes on from there" in " ".join(out.split()) and err == ""
     before = path.read_text()
     assert 2 <= len(before.splitlines()) < total["images"]
     with path.open("a") as file:
         file.write('{"net":"nf","ba')
 
-    with start() as process:
-        out, err = process.communicate(timeout=400)
-    assert process.returncode == 0, out + err
+    out = finished(timeout=400)
     assert "the last line was cut off" in " ".join(out.split())
     done_before = re.findall(r"(?:images|text): \d+ trials, (\d+) of them done before", out)
     assert sum(map(int, done_before)) == len(before.splitlines()) - 1
@@ -259,9 +249,7 @@ def test_quick_run_is_interrupted_goes_on_and_then_has_nothing_to_do(tmp_path: P
     assert {p.name for p in path.parent.glob("*.png")} == {"rates.png", "thresholds.png", "text.png"}
     assert "| claim |" in page.read_text() and "| claim |" in (path.parent / "tables.md").read_text()
 
-    with start() as process:
-        out, err = process.communicate(timeout=60)
-    assert process.returncode == 0, out + err
+    out = finished(timeout=60)
     for part, number in total.items():
         assert f"{part}: {number} tr" in out and f", {number} of them done before." in out
     assert path.read_text() == done, "nothing ran again"

@@ -6,7 +6,7 @@ import logging
 import os
 import warnings
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -20,9 +20,8 @@ if TYPE_CHECKING:
     from .backends import Trainee
 
 
-def zero(model: nn.Module, lr: float, *, stage: int) -> Trainee:
-    from .backends import Trainee
-
+def deepspeed_on_cpu() -> Any:
+    """The package, before its first use in this process: on the CPU, saying nothing, compiling nothing."""
     require("deepspeed", "deepspeed")
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("LOCAL_RANK", str(dist.get_rank()))  # mpirun says it in another variable
@@ -33,6 +32,13 @@ def zero(model: nn.Module, lr: float, *, stage: int) -> Trainee:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # An operator for inference that DeepSpeed would compile for half a minute before the first step.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def zero(model: nn.Module, lr: float, *, stage: int) -> Trainee:
+    from .backends import Trainee
+
+    deepspeed = deepspeed_on_cpu()
     config = {
         "train_micro_batch_size_per_gpu": 1,  # for its own bookkeeping; batches are cut here
         "zero_optimization": {"stage": stage},

@@ -175,8 +175,9 @@ def _json(run: Run, step: Step, task: Task) -> str:
     """One line of the statistics. JSON knows no inf or nan: they are null."""
     values: dict[str, Any] = {"step": step.number, "run": run.name, "loss": step.loss, "accuracy": step.accuracy}
     if step.number == 1:
-        agc = {} if run.clipping_threshold is None else {"clipping_threshold": run.clipping_threshold}
-        values["settings"] = agc | ({"exclude": list(task.exclude)} if agc else {}) | {"lr": task.lr}
+        threshold = run.clipping_threshold
+        agc = {} if threshold is None else {"clipping_threshold": threshold, "exclude": list(task.exclude)}
+        values["settings"] = agc | {"lr": task.lr}
     values |= step.stats
     return json.dumps({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()})
 

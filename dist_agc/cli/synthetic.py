@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import warnings
 from typing import Any
 
 import torch
@@ -13,6 +11,7 @@ from torch import Tensor, nn
 
 from ..clipper import Clipper
 from ..config import AGCConfig
+from ..conformance.subjects import backward_without_forward
 from ..fragments import Block
 from ..hooks import AGCHook
 from ..layouts import make_fragments, place
@@ -130,19 +129,12 @@ class Engine:
     Adam does all of its work at a learning rate of 0."""
 
     def __init__(self, weights: nn.Module, gradients: nn.Module, stage: int) -> None:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
         for name, value in (("RANK", dist.get_rank()), ("WORLD_SIZE", dist.get_world_size())):
             os.environ.setdefault(name, str(value))  # mpirun says them in other variables
-        os.environ.setdefault("LOCAL_RANK", os.environ["RANK"])
-        import deepspeed
-
         from ..layouts import zero
+        from .backend_zero import deepspeed_on_cpu
 
-        # torch deprecates, call by call, collectives that DeepSpeed 0.19 uses.
-        warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-        # An operator for inference that DeepSpeed would compile for half a minute before the first step.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed = deepspeed_on_cpu()
         deepspeed.init_distributed("gloo", verbose=False)
         config = {
             "train_micro_batch_size_per_gpu": 1,
@@ -159,18 +151,13 @@ class Engine:
 
     def ready(self, clipper: Clipper | None, norm: float) -> None:
         """Gradients for one step, in which this clipper runs, or DeepSpeed's own to this norm (0 does not clip)."""
-        from deepspeed.runtime.zero import GatheredParameters
-
         from ..layouts import zero
 
         if self._hook is not None:
             self._hook.remove()
         self._hook = None if clipper is None else AGCHook(clipper, self.optimizers)
         zero.set_norm_clip(self.engine, norm)
-        parameters = list(self.engine.module.parameters())
-        with GatheredParameters(parameters, enabled=hasattr(parameters[0], "ds_id")):
-            products = zip(parameters, self.gradients, strict=True)
-            self.engine.backward(torch.stack([(p * g).sum() for p, g in products]).sum())
+        backward_without_forward(self.engine, list(self.engine.module.parameters()), self.gradients)
 
     def step(self) -> ClipStats | None:
         self.engine.step()

@@ -116,13 +116,8 @@ class ZeroSubject(Subject):
         if self.loss is not None:
             self.engine.backward(self.loss(self.engine))
             return
-        from deepspeed.runtime.zero import GatheredParameters
-
-        # A loss without a forward pass, whose gradients are the noise.
         parameters = [p for _, p in self._named()]
-        with GatheredParameters(parameters, enabled=hasattr(parameters[0], "ds_id")):
-            loss = torch.stack([(p * _noise_like(p)).sum() for p in parameters]).sum()
-            self.engine.backward(loss)
+        backward_without_forward(self.engine, parameters, (_noise_like(p) for p in parameters))
 
     def _named(self) -> list[tuple[str, Any]]:
         return [(n.name, n.parameter) for n in named_parameters(self.engine.module) if n.parameter.requires_grad]
@@ -191,6 +186,18 @@ class ZeroSubject(Subject):
         self.backward()
         self._step()
         return self.seen
+
+
+def backward_without_forward(engine: Any, parameters: list[Any], gradients: Iterable[Tensor]) -> None:
+    """A backward pass of a DeepSpeed engine that gives its parameters these gradients, in their order and whole.
+
+    ``gradients`` may be a generator: it is used up where ZeRO 3 has the parameters whole.
+    """
+    from deepspeed.runtime.zero import GatheredParameters
+
+    with GatheredParameters(parameters, enabled=hasattr(parameters[0], "ds_id")):
+        products = zip(parameters, gradients, strict=True)
+        engine.backward(torch.stack([(p * g).sum() for p, g in products]).sum())
 
 
 def is_engine(model: object) -> bool:

@@ -9,7 +9,7 @@ from functools import partial
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..tasks.digits import NFResNet
+from ..tasks.digits import NFResNet, head
 
 WIDTHS = (8, 16, 32)
 
@@ -43,9 +43,7 @@ class ResNet(nn.Module):
                 width_in = width
         self.blocks = nn.ModuleList(blocks)
         self.norm = _norm(width_in, batch_norm)
-        self.head = nn.Linear(width_in, 10)
-        nn.init.normal_(self.head.weight, std=0.01)
-        nn.init.zeros_(self.head.bias)
+        self.head = head(width_in)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)

@@ -57,6 +57,14 @@ class Block(nn.Module):
         return shortcut + self.alpha * self.conv2(scaled_relu(self.conv1(out)))
 
 
+def head(width: int) -> nn.Linear:
+    """The last layer: ten classes, nearly the same logits for all of them at first."""
+    layer = nn.Linear(width, 10)
+    nn.init.normal_(layer.weight, std=0.01)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
 class NFResNet(nn.Module):
     """Logits (batch, 10) of images (batch, 1, 8, 8)."""
 
@@ -73,9 +81,7 @@ class NFResNet(nn.Module):
                 variance = (1.0 if width_in != width else variance) + alpha**2
                 width_in = width
         self.blocks = nn.ModuleList(blocks)
-        self.head = nn.Linear(width_in, 10)
-        nn.init.normal_(self.head.weight, std=0.01)
-        nn.init.zeros_(self.head.bias)
+        self.head = head(width_in)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
