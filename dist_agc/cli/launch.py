@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -92,6 +93,9 @@ def process_group(here: Place) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+        # Sharded modules refer to themselves and hold groups of their own. Left to the end of the interpreter, gloo's
+        # threads there may give up a tensor too late and abort the process (pytorch #179291).
+        gc.collect()
         signal.signal(signal.SIGTERM, former)
 
 
