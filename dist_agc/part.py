@@ -170,7 +170,9 @@ def _check(fragment: Fragment, weight: Tensor, grad: Tensor) -> None:
         )
     rule = fragment.rule
     if grad.layout == torch.strided:
-        if any(stride == 0 and size > 1 for stride, size in zip(grad.stride(), grad.shape, strict=True)):
+        if grad.numel() and any(
+            stride == 0 and size > 1 for stride, size in zip(grad.stride(), grad.shape, strict=True)
+        ):
             raise ValueError(
                 f"parameter {fragment.name!r} has a gradient with several elements in one place of memory (an expanded "
                 "tensor), which cannot be scaled in place: give it one of its own, grad.clone()."

@@ -754,3 +754,12 @@ class TestModels:
         helpers.assert_some_clipped(expected)
         assert helpers.worst_relative_error({"w": real(parameter.grad).double()}, expected.grads) <= 1e-6
         assert int(stats.clipped_units) == expected.clipped_units
+
+
+def test_an_empty_gradient_may_have_strides_of_zero() -> None:
+    """Arithmetic on empty tensors makes them: torch.randn(2, 0, 1) * 4 has strides (0, 1, 0)."""
+    empty, full = nn.Parameter(torch.zeros(2, 0, 1)), nn.Parameter(torch.ones(2, 3))
+    empty.grad = torch.zeros(2, 0, 1).as_strided((2, 0, 1), (0, 1, 0))
+    full.grad = torch.full((2, 3), 8.0)
+    stats = dist_agc.apply_agc([("empty", empty), ("full", full)], clipping_threshold=0.01)
+    assert stats is not None and stats.clipped_units == stats.units == 2
