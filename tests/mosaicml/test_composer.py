@@ -1,6 +1,8 @@
 """The AGC algorithm in the real Composer Trainer: run by tests/mosaicml/run.sh, in an environment of its own."""
 
 import os
+import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,8 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import dist_agc
 from dist_agc.integrations.composer import AGC
+
+PAGE = Path(__file__).parents[2] / "docs" / "composer.md"
 
 pytestmark = pytest.mark.filterwarnings("default")  # Composer's own, of an older torch
 
@@ -112,6 +116,15 @@ def test_the_functional_form_is_composers_too() -> None:
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
         assert a.grad is not None and b.grad is not None
         torch.testing.assert_close(a.grad, b.grad, rtol=2e-6, atol=1e-9)
+
+
+def test_the_code_on_the_page_runs(tmp_path: Path) -> None:
+    (code,) = re.findall(r"^```python composer\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    (tmp_path / "block.py").write_text(code)
+    run = [sys.executable, "-W", "ignore", "block.py"]
+    done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "ClipStats(" in done.stdout
 
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
