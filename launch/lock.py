@@ -10,7 +10,7 @@ is pinned where it does, and pip chooses elsewhere.
 import re
 from importlib.metadata import distributions
 
-OLDEST = (3, 10)
+OLDEST = (3, 10, 0)
 NOT_PINNED = {"dist-agc", "pip"}
 HEADER = """\
 # Every package of the development environment at the version it was tested with, on Python 3.11.
@@ -18,9 +18,11 @@ HEADER = """\
 
 
 def marker(requires_python: str | None) -> str:
-    lower = re.search(r">=\s*3\.(\d+)", requires_python or "")
-    newer = lower is not None and int(lower[1]) > OLDEST[1]
-    return f' ; python_version >= "3.{lower[1]}"' if newer else ""
+    lower = re.search(r">=\s*(3(?:\.\d+){1,2})", requires_python or "")
+    version = tuple(map(int, lower[1].split("."))) if lower else ()
+    if not lower or version <= OLDEST[: len(version)]:
+        return ""
+    return f' ; python{"_full" if len(version) == 3 else ""}_version >= "{lower[1]}"'
 
 
 def main() -> None:

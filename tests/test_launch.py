@@ -2,6 +2,7 @@
 
 import os
 import re
+import runpy
 import shutil
 import socket
 import subprocess
@@ -249,3 +250,18 @@ def test_batches_that_cannot_be_shared_equally() -> None:
     assert "3 processes cannot share batches of 512 equally" in refused(
         ["bash", str(LAUNCH / "torchrun.sh")], NPROC="3"
     )
+
+
+@pytest.mark.parametrize(
+    ("requires", "marker"),
+    [
+        (None, ""),
+        (">=3.9", ""),
+        (">=3.10", ""),
+        (">=3.11", ' ; python_version >= "3.11"'),
+        (">=3.11.5", ' ; python_full_version >= "3.11.5"'),
+        ("<4,>=3.10.2", ' ; python_full_version >= "3.10.2"'),
+    ],
+)
+def test_a_pin_leaves_older_pythons_to_choose(requires: str | None, marker: str) -> None:
+    assert runpy.run_path(str(LAUNCH / "lock.py"))["marker"](requires) == marker
