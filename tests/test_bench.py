@@ -240,4 +240,4 @@ def test_growth(tmp_path: Path) -> None:
         sizes = [size for size, _ in curve["points"]]
         assert sizes == sorted(set(sizes)) and len(sizes) >= 4 and all(seconds > 0 for _, seconds in curve["points"])
     assert (tmp_path / "growth.png").read_bytes()[:4] == b"\x89PNG"
-    assert "planning   against ranks" in run(["--growth", "--scale", "0.02"], tmp_path)
+    assert "planning against ranks" in run(["--growth", "--scale", "0.01"], tmp_path)

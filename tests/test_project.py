@@ -86,7 +86,8 @@ def test_base_install_needs_torch_alone(metadata: Message) -> None:
 def test_every_dependency_is_pinned(metadata: Message) -> None:
     lines = (ROOT / "launch" / "constraints.txt").read_text().splitlines()
     pins = [line for line in lines if not line.startswith("#")]
-    unclear = [pin for pin in pins if not re.fullmatch(r'[a-z0-9-]+==[\w.]+( ; python_version >= "3\.\d+")?', pin)]
+    pattern = r'[a-z0-9-]+==[\w.]+( ; python(_full)?_version >= "3\.\d+(\.\d+)?")?'
+    unclear = [pin for pin in pins if not re.fullmatch(pattern, pin)]
     assert not unclear, "a pin is a name and a public version"
     # mosaicml is not installed beside the others: it needs an older torch.
     wanted = {package for package, _ in requirements(metadata)} - {"dist-agc", "mosaicml"}

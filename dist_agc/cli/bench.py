@@ -182,7 +182,6 @@ def _growth(path: Path, scale: float, as_json: bool) -> None:
         return
     console = Console(highlight=False)
     for curve in found:
-        console.print(
-            f"{curve.what:10} against {curve.against:9} grows with the power {curve.power:.2f}: {curve.points}"
-        )
+        points = ", ".join(f"{size:,}: {seconds * 1e3:.2g} ms" for size, seconds in curve.points)
+        console.print(f"{curve.what:8} against {curve.against:12} grows with the power {curve.power:.2f}  ({points})")
     console.print(f"Chart: {path}")

@@ -36,11 +36,15 @@ def _time(call: Callable[[], object], repeats: int = 5) -> float:
     """CPU seconds, the fewest of several: whatever else the machine does can only add to them."""
     call()
     seconds = []
-    for _ in range(repeats):
-        gc.collect()  # what the call before left must not be cleared away in this one
-        began = time.process_time()
-        call()
-        seconds.append(time.process_time() - began)
+    gc.collect()  # neither what came before nor an earlier call must be cleared away in a later one
+    gc.disable()
+    try:
+        for _ in range(repeats):
+            began = time.process_time()
+            call()
+            seconds.append(time.process_time() - began)
+    finally:
+        gc.enable()
     return min(seconds)
 
 
