@@ -122,7 +122,8 @@ def test_the_code_on_the_page_runs(tmp_path: Path) -> None:
     (code,) = re.findall(r"^```python composer\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
     (tmp_path / "block.py").write_text(code)
     run = [sys.executable, "-W", "ignore", "block.py"]
-    done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    env = os.environ | {"PYTHONPATH": str(PAGE.parents[1])}
+    done = subprocess.run(run, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert "ClipStats(" in done.stdout
 
