@@ -19,7 +19,7 @@ from dist_agc.cli.study import pool, runner, sharded
 from dist_agc.cli.study.networks import NETWORKS
 from dist_agc.cli.study.results import Results
 from dist_agc.cli.study.trials import BATCHES, FULL, NONE, PARTS, QUICK, THRESHOLDS, Case, Clipping, Trial
-from test_demo import ENV, interrupted, invoke
+from test_demo import ENV, interrupted, invoke, run
 
 STUDY = (sys.executable, "-m", "dist_agc.cli", "study")
 AGC = Clipping("agc", 0.01)
@@ -219,10 +219,7 @@ def test_quick_run_is_interrupted_goes_on_and_then_has_nothing_to_do(tmp_path: P
     total = {part: len(QUICK.trials(part, 1)) for part in ("images", "text")} | {"sharded": len(QUICK.cases())}
 
     def finished(timeout: float) -> str:
-        stdin = subprocess.DEVNULL
-        done = subprocess.run(
-            command, cwd=tmp_path, env=ENV, stdin=stdin, capture_output=True, text=True, timeout=timeout
-        )
+        done = run(*command, cwd=tmp_path, timeout=timeout)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
