@@ -137,16 +137,16 @@ def scale_(x: Tensor, coefficient: Tensor) -> None:
         scale_(x.narrow(dim, start, length), coefficient if same else coefficient.narrow(dim, start, length))
 
 
-def scale_rows_(x: Tensor, coefficient: Tensor, dim: int, rows: Tensor) -> None:
-    """Multiply only the slices ``rows`` of ``x`` along ``dim``; ``coefficient`` broadcasts to ``x``."""
-    step = max(1, _LEAF * x.shape[dim] // max(x.numel(), 1))
+def scale_rows_(x: Tensor, coefficient: Tensor, rows: Tensor) -> None:
+    """Multiply only the slices ``rows`` of ``x`` along dim 0; ``coefficient`` broadcasts to ``x``."""
+    step = max(1, _LEAF * len(x) // max(x.numel(), 1))
     # The kernel writes number by number: in numbers of 16 bytes it writes four times as fast.
-    row = x.numel() // max(x.shape[dim], 1) * x.element_size()
-    wide = dim == 0 and x.is_contiguous() and row % 16 == 0 and x.storage_offset() * x.element_size() % 16 == 0
+    row = x.numel() // max(len(x), 1) * x.element_size()
+    wide = x.is_contiguous() and row % 16 == 0 and x.storage_offset() * x.element_size() % 16 == 0
     target = _wide(x) if wide else x
     for some in rows.split(step):
-        scaled = x.index_select(dim, some).mul_(coefficient.index_select(dim, some))
-        target.index_copy_(dim, some, _wide(scaled) if wide else scaled)
+        scaled = x.index_select(0, some).mul_(coefficient.index_select(0, some))
+        target.index_copy_(0, some, _wide(scaled) if wide else scaled)
 
 
 def _wide(x: Tensor) -> Tensor:

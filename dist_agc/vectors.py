@@ -182,7 +182,8 @@ class Vectors:
                 views.append(view)
                 factors.append(factor)
             elif clipped[at] and _are_few(clipped[at], block, view) and (dim := _row_dim(block, view)) is not None:
-                scale_rows_(view, factor, dim, torch.nonzero(factor.flatten() < 1).flatten())
+                rows = torch.nonzero(factor.flatten() < 1).flatten()
+                scale_rows_(view.movedim(dim, 0), factor.movedim(dim, 0), rows)
             elif clipped[at]:
                 scale_(view, factor)
             if zero and (bad is None or bad[at]):
@@ -248,8 +249,9 @@ def _are_few(clipped: int, block: Block, view: Tensor) -> bool:
 
 def _row_dim(block: Block, view: Tensor) -> int | None:
     """The dim whose slices are units that lie apart in memory, so that single ones can be written; None without."""
-    dims = [d for d in range(view.ndim) if d not in block.reduced and view.shape[d] > 1]
-    if len(dims) != 1 or view.stride(dims[0]) < max(view.stride(), default=0):
+    strides = {d: view.stride(d) for d in range(view.ndim) if view.shape[d] > 1}  # others say nothing
+    dims = [d for d in strides if d not in block.reduced]
+    if len(dims) != 1 or strides[dims[0]] < max(strides.values()):
         return None
     return dims[0]
 

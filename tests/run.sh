@@ -7,15 +7,14 @@ usage() {
   cat <<'END'
 bash tests/run.sh [STAGE ...] [-- PYTEST ARGUMENTS]
 
-Makes the environment if it is missing, runs the stages named (by default all but composer) and stops at the
-first that fails.
+Makes the environment if it is missing, runs the stages named (by default all) and stops at the first that fails.
   lint      ruff check, ruff format --check
   types     pyright over dist_agc and tests
   docs      the pages of docs/ built into site/, with every warning an error
-  unit      tests of one process, the doctests of dist_agc
+  unit      tests of one process, the doctests of dist_agc; as many at once as there are cores, at most 4
   mpi       tests of several processes, under mpirun with 2, 3 and 4 ranks
-  composer  tests with MosaicML Composer and the oldest torch, in an environment of its own (.venv-composer)
-  coverage  what the tests just run have covered
+  coverage  what the tests of the main environment have covered; below 95 % of lines is an error
+  composer  tests with MosaicML Composer and the oldest torch, in an environment of its own (.venv-composer, 6 GB)
 What follows -- goes to pytest: bash tests/run.sh unit mpi -- -k dtensor
 The last line sums the tests: "N passed, N failed"; a stage that fails without a failed test counts as one.
 END
@@ -32,7 +31,7 @@ while (($#)); do
   shift
 done
 pytest_args=("$@")
-stages=${stages:- lint types docs unit mpi coverage}
+stages=${stages:- lint types docs unit mpi coverage composer}
 
 passed=0
 failed=0
@@ -80,8 +79,10 @@ docs() {
 }
 
 unit() {
-  run_tests "$logs/unit" python -m coverage run -m pytest dist_agc tests --ignore tests/mosaicml \
-    --ignore dist_agc/integrations/composer.py --doctest-modules -m "not mpi" --color=no "${pytest_args[@]}"
+  # One thread each: those of several tests at once would wait for each other.
+  OMP_NUM_THREADS=1 run_tests "$logs/unit" python -m coverage run -m pytest dist_agc tests --ignore tests/mosaicml \
+    --ignore dist_agc/integrations/composer.py --doctest-modules -m "not mpi" --color=no \
+    -n logical --maxprocesses 4 --dist worksteal "${pytest_args[@]}"
   some_passed
 }
 

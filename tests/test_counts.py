@@ -217,6 +217,44 @@ def test_reused_weight_norms_halve_the_payload(sent: list[int]) -> None:
     assert sent == [full, full // 2, full // 2, full, full // 2, full // 2, full]
 
 
+class Multiplied(TorchDispatchMode):
+    """How many elements were multiplied in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.__name__.partition(".")[0] == "mul_":
+            self.elements += args[0].numel()
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("layout", ["ddp", "fsdp2", "hsdp", "fsdp1", "zero1", "zero3"])
+def test_only_clipped_rows_are_written_on_cpu(layout: str, sent: list[int]) -> None:
+    """However the tensor is cut, flat shards that begin in the middle of a row included."""
+    rows, width, large = 2402, 512, [3, 700, 704, 1500]
+    sizes = {"shard": 2} if layout == "hsdp" else {}
+    model = build({"layers.0.q_proj.weight": (rows, width)}, "cpu")
+    (entry,) = virtual.place(model, layout, virtual.World(4, 1, **sizes))
+    weight, grad = torch.ones(rows, width), torch.full((rows, width), 1e-6)
+    grad[large] = 1.0
+    if isinstance(entry.layout, FlatPartition):
+        part = entry.layout.part
+        assert part.start % width, "begins in the middle of a row"
+        weight, grad = (x.flatten()[part.start - part.offset : part.stop] for x in (weight, grad))
+        entry = replace(entry, layout=replace(entry.layout, holder=nn.Parameter(weight.clone())))
+    else:
+        entry.layout.holder.data.copy_(weight)
+    entry.layout.holder.grad = grad.clone()
+    clipper = Clipper.of_placed([entry], AGCConfig(clipping_threshold=0.01))
+    with Multiplied() as seen:
+        clipper.clip()
+    clipped = int((entry.layout.holder.grad != grad).sum())
+    assert clipped in (width * n for n in (1, 2, 4))
+    assert seen.elements == clipped
+
+
 def peak(dtype: torch.dtype, width: int, clipped: float) -> tuple[int, int, int]:
     """Bytes that one clipping of fresh gradients allocates at most beyond what there was; bytes of the gradients;
     units. The first call, which makes the plan, is not counted."""

@@ -15,6 +15,8 @@ import typer
 from . import launch, require
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from .timing import Method
 
 LAYOUTS = ("plain", "ddp", "fsdp1", "fsdp2", "hsdp", "tp+fsdp2", "zero1", "zero2", "zero3")
@@ -61,7 +63,7 @@ def command(
         raise typer.Exit(launch.torchrun(sys.argv[1:], nproc))
     import torch
 
-    from . import charts
+    from . import charts, display
 
     if threads is not None:
         torch.set_num_threads(threads)
@@ -71,7 +73,8 @@ def command(
         return
     with launch.process_group(here) if here is not None else nullcontext():
         rank, size = (here.rank, here.size) if here is not None else (0, 1)
-        results = {share: _run(model, layout, share, rounds, quiet=rank != 0) for share in clipped or (0.0, 0.05, 1.0)}
+        shown = display.console(here, stderr=True)
+        results = {share: _run(model, layout, share, rounds, shown) for share in clipped or (0.0, 0.05, 1.0)}
     if rank != 0:
         return
     title = f"{model}, {layout}, {size} process{'es' * (size > 1)} of {torch.get_num_threads()} threads"
@@ -88,12 +91,9 @@ def command(
         _print(results, title, machine, path)
 
 
-def _run(model: str, layout: str, share: float, rounds: int, *, quiet: bool) -> list[Method]:
-    from rich.console import Console
-    from rich.progress import Progress
-
+def _run(model: str, layout: str, share: float, rounds: int, console: Console) -> list[Method]:
     from ..config import AGCConfig
-    from . import contenders, shapes, synthetic, timing
+    from . import contenders, display, shapes, synthetic, timing
 
     config = AGCConfig(clipping_threshold=0.01, units=shapes.UNITS.get(model))
     try:
@@ -109,10 +109,8 @@ def _run(model: str, layout: str, share: float, rounds: int, *, quiet: bool) -> 
             found = contenders.on_gradients(weights, layout, config)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    console = Console(stderr=True, quiet=quiet)
-    with Progress(console=console, transient=True) as bar:
-        task = bar.add_task(f"{share:.0%} of units clipped", total=rounds + 2)
-        timing.time_together(found, rounds, lambda: bar.advance(task))
+    with display.work(console, f"{share:.0%} of units clipped", rounds + 2) as advance:
+        timing.time_together(found, rounds, advance)
     return found
 
 

@@ -28,13 +28,41 @@ def figures(step: Step) -> str:
     return f"loss {step.loss:8.3g}  accuracy {step.accuracy:6.1%}{clipped}"
 
 
+def console(here: Place | None, *, stderr: bool = False) -> Console:
+    """What prints on rank 0 alone."""
+    # Open MPI gives every process a terminal of its own, also where its output goes into a file.
+    terminal = False if here is not None and here.launcher == "mpirun" else None
+    return Console(quiet=here is not None and here.rank != 0, force_terminal=terminal, highlight=False, stderr=stderr)
+
+
+@contextmanager
+def work(console: Console, label: str, pieces: int) -> Iterator[Callable[[], None]]:
+    """Yields what to call with every piece of work that is done; shows how long the rest will take."""
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[left]}")
+    began = said = time.monotonic()
+    done = 0
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(label, total=pieces, left="")
+
+        def advance() -> None:
+            nonlocal done, said
+            done += 1
+            now = time.monotonic()
+            seconds = (now - began) / done * (pieces - done)
+            left = f"{seconds / 60:.0f} minutes left" if seconds > 90 else f"{seconds:.0f} seconds left"
+            bar.update(task, completed=done, left=left)
+            if not console.is_terminal and (done in (1, pieces) or now - said > PLAIN_SECONDS):
+                said = now
+                console.print(f"{label}  {done}/{pieces}, {left}", markup=False)
+
+        yield advance
+
+
 class Display:
-    """Everything the command prints, on rank 0 alone."""
+    """Everything the command prints."""
 
     def __init__(self, here: Place) -> None:
-        # Open MPI gives every process a terminal of its own, also where its output goes into a file.
-        terminal = False if here.launcher == "mpirun" else None
-        self.console = Console(quiet=here.rank != 0, force_terminal=terminal, highlight=False)
+        self.console = console(here)
 
     def headline(self, title: str, settings: str) -> None:
         self.console.print(f"[bold]{title}[/bold]\n[dim]{settings}[/dim]\n")
@@ -69,28 +97,6 @@ class Display:
                     self.say(f"{label}  step {step.number:4}/{steps}  {figures(step)}{note}")
 
             yield show
-
-    @contextmanager
-    def work(self, label: str, pieces: int) -> Iterator[Callable[[], None]]:
-        """Yields what to call with every piece of work that is done; shows how long the rest will take."""
-        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[left]}")
-        began = said = time.monotonic()
-        done = 0
-        with Progress(*columns, console=self.console, disable=not self.console.is_terminal) as bar:
-            task = bar.add_task(label, total=pieces, left="")
-
-            def advance() -> None:
-                nonlocal done, said
-                done += 1
-                now = time.monotonic()
-                seconds = (now - began) / done * (pieces - done)
-                left = f"{seconds / 60:.0f} minutes left" if seconds > 90 else f"{seconds:.0f} seconds left"
-                bar.update(task, completed=done, left=left)
-                if not self.console.is_terminal and (done in (1, pieces) or now - said > PLAIN_SECONDS):
-                    said = now
-                    self.say(f"{label}  {done}/{pieces}, {left}")
-
-            yield advance
 
     def table(self, runs: Sequence[Run]) -> None:
         """One column per run: narrow terminals have room for that."""

@@ -102,6 +102,7 @@ def _results(study: Study, out: Path, display: Display) -> Results:
 
 
 def _trials(study: Study, parts: Sequence[str], seeds: int, jobs: int, out: Path, display: Display) -> None:
+    from ..display import work
     from . import pool
 
     results = _results(study, out, display)
@@ -112,7 +113,7 @@ def _trials(study: Study, parts: Sequence[str], seeds: int, jobs: int, out: Path
             display.say(f"{part}: {len(wanted)} trials, {len(wanted) - len(new)} of them done before.")
             missing += new
     if missing:
-        with display.work("trials", len(missing)) as advance:
+        with work(display.console, "trials", len(missing)) as advance:
             for record in pool.results(study, mixed(missing), min(jobs, len(missing))):
                 results.add(record)
                 advance()
