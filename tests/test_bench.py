@@ -194,6 +194,8 @@ def test_every_layout_on_its_processes(layout: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "dist_agc.cli", "bench", "--layout", layout, "--nproc", nproc, *arguments]
     done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
+    assert "50% of units clipped  3/3" in done.stderr, "progress, where stderr is no terminal"
+    assert "profiler" not in done.stderr.replace("profiler results will not", ""), "torch's own lines"
     text = next(line for line in done.stdout.splitlines() if line.startswith('{"title"'))
     found: dict[str, Any] = {row["method"]: row for row in json.loads(text)["clipped"]["0.5"]}
     agc = found[contenders.AGC]

@@ -61,6 +61,7 @@ def command(
     here = launch.place()
     if here is None and (nproc > 1 or layout != "plain") and not growth:
         raise typer.Exit(launch.torchrun(sys.argv[1:], nproc))
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else every start of torch's profiler says so on stderr
     import torch
 
     from . import charts, display
