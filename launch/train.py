@@ -10,6 +10,7 @@ however many processes there are and whoever started them.
 import argparse
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -78,6 +79,10 @@ def main() -> None:
     if rank == 0:
         print(f"accuracy on test data {right:.1%} ({world} processes, {device.type})", flush=True)
     dist.destroy_process_group()
+    if device.type == "cpu":
+        # A thread of gloo that gives up its last tensor when the interpreter has begun to end aborts the process
+        # (pytorch #179291). While this one sleeps, it can.
+        time.sleep(0.1)
 
 
 def join() -> torch.device:

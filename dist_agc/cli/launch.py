@@ -6,6 +6,7 @@ import gc
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -94,8 +95,10 @@ def process_group(here: Place) -> Iterator[None]:
     finally:
         dist.destroy_process_group()
         # Sharded modules refer to themselves and hold groups of their own. Left to the end of the interpreter, gloo's
-        # threads there may give up a tensor too late and abort the process (pytorch #179291).
+        # threads there may give up a tensor too late and abort the process (pytorch #179291). Those of groups that
+        # something still holds get the interpreter while this thread sleeps.
         gc.collect()
+        time.sleep(0.1)
         signal.signal(signal.SIGTERM, former)
 
 

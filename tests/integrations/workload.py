@@ -122,7 +122,8 @@ def run(script: str, folder: Path, *arguments: str, ranks: int = 1, python: str 
     """Run a script in processes of its own, which get ``folder`` and the arguments, and read what it left."""
     torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--rdzv-backend=c10d"]
     torchrun += ["--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"]
-    ours = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join(map(str, [ROOT, ROOT / "tests", ROOT / "tests" / "at_exit"]))
+    ours = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     offline = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "WANDB_MODE": "offline"}
     result = subprocess.run(
         [python, *(torchrun if ranks > 1 else []), script, str(folder), *arguments],
