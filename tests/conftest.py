@@ -24,6 +24,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 pytest.register_assert_rewrite("helpers")
 
+# No tests, and of a name that Python's own installation may have loaded already.
+collect_ignore = ["at_exit"]
+
 GROUP_TIMEOUT = timedelta(seconds=float(os.environ.get("DIST_AGC_TEST_GROUP_TIMEOUT", 60)))
 TEST_TIMEOUT = 180  # pytest-timeout's last resort, for a rank that never comes back
 
