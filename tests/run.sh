@@ -13,7 +13,7 @@ Makes the environment if it is missing, runs the stages named (by default all) a
   docs      the pages of docs/ built into site/, with every warning an error
   unit      tests of one process, the doctests of dist_agc; as many at once as there are cores, at most 4
   mpi       tests of several processes, under mpirun with 2, 3 and 4 ranks
-  coverage  what the tests of the main environment have covered; below 95 % of lines is an error
+  coverage  what the tests of the main environment have covered, lines and branches together; below 95 % is an error
   composer  tests with MosaicML Composer and the oldest torch, in an environment of its own (.venv-composer, 6 GB)
 What follows -- goes to pytest: bash tests/run.sh unit mpi -- -k dtensor
 The last line sums the tests: "N passed, N failed"; a stage that fails without a failed test counts as one.

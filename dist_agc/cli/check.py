@@ -158,12 +158,12 @@ def _json(rows: Sequence[Row]) -> str:
 def _table(rows: Sequence[Row], here: launch.Place) -> None:
     import torch
     from rich.box import SIMPLE_HEAD
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    # Open MPI gives every process a terminal of its own, also where its output goes into a file.
-    console = Console(highlight=False, force_terminal=False if here.launcher == "mpirun" else None)
+    from . import display
+
+    console = display.console(here)
     if not console.is_terminal:
         console.width = 120
     heading = f"{here.size} rank{'s' if here.size > 1 else ''}, torch {torch.__version__}"

@@ -9,7 +9,7 @@ set -euo pipefail
 
 conf=/etc/slurm/slurm.conf
 mark="# Made by launch/slurm/on_one_machine.sh"
-state=/var/tmp/dist-agc-slurm
+state=/var/tmp/dist-agc-slurm # the same for start and stop, and not emptied in between, as /tmp may be
 host=$(hostname)
 
 fail() {
@@ -21,6 +21,7 @@ fail() {
 if [[ -e $conf ]] && ! grep -qF "$mark" "$conf"; then fail "$conf is another SLURM's: not touched"; fi
 
 if [[ ${1:-} == stop ]]; then
+  [[ -e $conf ]] || fail "none that this script started runs here"
   pkill -x slurmctld || true
   pkill -x slurmd || true
   for _ in {1..20}; do
