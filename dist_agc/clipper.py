@@ -14,6 +14,7 @@ from .config import AGCConfig, check_threshold
 from .fragments import Fragment
 from .layouts import Placed, make_fragments, place
 from .part import Part
+from .row_norms import load
 from .stats import ClipStats
 
 
@@ -31,6 +32,7 @@ class Clipper:
     Raises:
         TypeError: an unknown option, or something that is no parameter.
         ValueError: a setting out of range, a pattern that matches nothing, a layout that is not known.
+        RuntimeError: ``cpu_kernel=True`` without a C++ compiler that works.
 
     Example:
         >>> layer = nn.Linear(3, 2)
@@ -56,6 +58,8 @@ class Clipper:
         return clipper
 
     def _start(self, placed: Sequence[Placed], config: AGCConfig) -> None:
+        if config.cpu_kernel:
+            load()  # here, so that a missing compiler is told before anything is clipped
         self.config = config
         self._placed = list(placed)
         self._plan()

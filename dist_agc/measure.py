@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from .fragments import Block
-from .norms import is_small, takes_one_kernel, unit_norms_, vector_norm
+from .norms import Kernel, is_small, one_kernel, unit_norms_
 
-Kind = tuple[tuple[int, ...], torch.dtype]
+# How a tensor lies in memory, which decides on the kernel: strides, dtype, device, whether its numbers are negated.
+Kind = tuple[tuple[int, ...], torch.dtype, torch.device, bool]
 
 
 class Norms:
@@ -22,10 +23,13 @@ class Norms:
         owners: which of the tensors each block is a part of.
         samples: tensors of the shapes, devices and kinds that will be measured.
         out: the vector, shape (units of all blocks,).
+        own: whether fp32 rows on CPU are measured by `row_norms`.
     """
 
-    def __init__(self, blocks: Sequence[Block], owners: Sequence[int], samples: Sequence[Tensor], out: Tensor) -> None:
-        self.out = out
+    def __init__(
+        self, blocks: Sequence[Block], owners: Sequence[int], samples: Sequence[Tensor], out: Tensor, *, own: bool
+    ) -> None:
+        self.out, self._own = out, own
         offsets = [0, *itertools.accumulate(block.units for block in blocks)]
         alone, self._several = [], []
         for block, owner, start, stop in zip(blocks, owners, offsets, offsets[1:], strict=False):
@@ -41,8 +45,8 @@ class Norms:
         shapes = [list(found) for _, found in itertools.groupby(shape for shape, *_ in alone)]
         self._groups = [] if out.device.type != "cpu" else [(found[0], len(found)) for found in shapes]
         self._nothing = out.new_zeros(())
-        # Strides and dtype of the tensors that a single kernel was found to measure well.
-        self._easy: list[Kind | None] = [None] * len(self._several)
+        # The single kernels that were found to measure tensors well, for as long as these lie as they did.
+        self._easy: list[tuple[Kind, Kernel] | None] = [None] * len(self._several)
 
     def fill(self, tensors: Sequence[Tensor | None]) -> None:
         """Measure local tensors; None counts as zeros."""
@@ -58,12 +62,14 @@ class Norms:
                 _sparse_norms(tensor.coalesce(), block, out)
                 continue
             view = block.view(tensor)
-            kind = view.stride(), view.dtype
-            if kind == self._easy[at]:
-                vector_norm(view, block.reduced, out)
-                continue
-            self._easy[at] = kind if takes_one_kernel(view, block.reduced, out) else None
-            unit_norms_(view, block.reduced, out)
+            kind, easy = (view.stride(), view.dtype, view.device, view.is_neg()), self._easy[at]
+            if easy is None or easy[0] != kind:
+                kernel = one_kernel(view, block.reduced, out, own=self._own)
+                easy = self._easy[at] = (kind, kernel) if kernel is not None else None
+            if easy is not None:
+                easy[1](view, block.reduced, out)
+            else:
+                unit_norms_(view, block.reduced, out)
 
     def _small(self, tensors: Sequence[Tensor | None]) -> Tensor:
         parts = [

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+from .row_norms import row_norms, serves
+
+# Writes L2 norms of a tensor over dims to a tensor, and returns that.
+Kernel = Callable[[Tensor, tuple[int, ...], Tensor], Tensor]
 
 # Elements of one leaf of the blockwise CPU path: small enough for the cache and for "no full-size temporary",
 # large enough to hide the cost of a call.
@@ -40,8 +47,8 @@ def unit_norms_(x: Tensor, reduced: tuple[int, ...], out: Tensor) -> None:
 def _norms(x: Tensor, reduced: tuple[int, ...], out: Tensor) -> Tensor:
     if x.is_complex():
         x, reduced = torch.view_as_real(x.resolve_conj()), (*reduced, x.ndim)
-    if takes_one_kernel(x, reduced, out):
-        return vector_norm(x, reduced, out)
+    if kernel := one_kernel(x, reduced, out):
+        return kernel(x, reduced, out)
     columns = x.numel() > _APART and _columns(x, reduced)
     dim = max(reduced if columns else range(x.ndim), key=lambda d: x.shape[d])
     if columns and x.numel() <= _LEAF * min(x.shape[dim], _LEAVES):
@@ -68,19 +75,25 @@ def _column_norms(x: Tensor, reduced: tuple[int, ...], dim: int, out: Tensor) ->
     return torch.sum(squares, dim=reduced, out=out).sqrt_()
 
 
-def takes_one_kernel(x: Tensor, reduced: tuple[int, ...], out: Tensor) -> bool:
-    """Whether `vector_norm` alone gives the norms, fast and exactly enough."""
+def one_kernel(x: Tensor, reduced: tuple[int, ...], out: Tensor, *, own: bool = False) -> Kernel | None:
+    """The kernel that alone gives the norms, fast and exactly enough; None where ``x`` wants to be halved.
+
+    ``own``: whether that may be `row_norms`.
+    """
     if x.is_complex() or x.device != out.device:
-        return False
+        return None
     if not x.is_cpu or x.numel() == 0:
-        return True
+        return vector_norm
+    if own and serves(x, reduced, out):
+        return row_norms
     long = x.numel() > _LONG * out.numel()
     in_order = x.numel() <= _APART or not _columns(x, reduced)
-    return not long and in_order and (x.dtype == out.dtype or x.numel() <= _LEAF)
+    enough = not long and in_order and (x.dtype == out.dtype or x.numel() <= _LEAF)
+    return vector_norm if enough else None
 
 
 def vector_norm(x: Tensor, reduced: tuple[int, ...], out: Tensor) -> Tensor:
-    """L2 norms over ``reduced`` in the dtype of ``out``, by one kernel."""
+    """L2 norms over ``reduced`` in the dtype of ``out``, by torch's kernel."""
     if not reduced and x.ndim:  # an empty tuple would mean every dim
         return out.copy_(x.abs())
     return torch.linalg.vector_norm(x, 2, reduced or None, False, dtype=out.dtype, out=out)

@@ -44,8 +44,8 @@ class Vectors:
         blocks, owners = plan.blocks + [b for _, b in others], plan.owners + [i for i, _ in others]
         self.weight, grads = self._zeros(units), self._zeros(units + len(others))
         self.grad, self.excluded = grads[:units], grads[units:]
-        self.of_weights = Norms(plan.blocks, plan.owners, weights, self.weight)
-        self.of_grads = Norms(blocks, owners, weights, grads)
+        self.of_weights = Norms(plan.blocks, plan.owners, weights, self.weight, own=config.cpu_kernel)
+        self.of_grads = Norms(blocks, owners, weights, grads, own=config.cpu_kernel)
         self.coefficient = self._zeros(units)
         self.bad: Tensor | None = None  # units whose gradient is not finite
         spans = zip(plan.offsets, plan.offsets[1:], plan.blocks, strict=False)

@@ -118,6 +118,7 @@ def check_one_clip(
     all_reduces: int | None = None,
     units: Mapping[str, tuple[int, ...]] | None = None,
     tolerance: float = 1e-6,
+    cpu_kernel: bool = False,
     **settings: Any,
 ) -> oracle.Reference:
     """Weights, gradients and the oracle's gradients are sharded alike, so no test gathers anything.
@@ -139,6 +140,7 @@ def check_one_clip(
     for parameter, grad in zip(model.parameters(), given.parameters(), strict=True):
         parameter.grad = grad.detach() if grad.numel() else None
     options = {"clipping_threshold": threshold, "units": dict(units) if units else None, **settings}
+    options["cpu_kernel"] = cpu_kernel
     stats = agc(model, **options)
     assert_stats(stats, expected, tolerance=2e-6)
     assert_equal_everywhere(world, stats)

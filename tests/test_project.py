@@ -21,7 +21,7 @@ PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 
 # Lower first: a module imports from its own layer and the ones before it. "dist_agc" is the package's __init__.
 LAYERS = [
-    *("names", "config", "units", "norms", "fragments", "layouts", "plan", "reduce", "stats"),
+    *("names", "config", "units", "row_norms", "norms", "fragments", "layouts", "plan", "reduce", "stats"),
     *("measure", "shares", "vectors", "part", "clipper", "survey", "backward", "hooks"),
     *("dist_agc", "integrations", "conformance", "cli"),
 ]
@@ -76,7 +76,10 @@ def requirements(metadata: Message) -> Iterator[tuple[str, str | None]]:
 
 def test_wheel_holds_every_module_and_the_typing_marker(wheel: zipfile.ZipFile) -> None:
     packaged = {name for name in wheel.namelist() if name.startswith("dist_agc/")}
-    assert packaged >= {str(path.relative_to(ROOT)) for path in PACKAGE.rglob("*.py")} | {"dist_agc/py.typed"}
+    assert packaged >= {str(path.relative_to(ROOT)) for path in PACKAGE.rglob("*.py")} | {
+        "dist_agc/py.typed",
+        "dist_agc/row_norms.cpp",
+    }
 
 
 def test_base_install_needs_torch_alone(metadata: Message) -> None:
@@ -142,7 +145,7 @@ def test_lower_layers_never_import_higher_ones(path: Path) -> None:
     assert not higher, f"{module_name(path)} imports from above: {higher}"
 
 
-@pytest.mark.parametrize("name", ["names", "config", "units", "norms"])
+@pytest.mark.parametrize("name", ["names", "config", "units", "row_norms", "norms"])
 def test_the_mathematics_knows_no_processes(name: str) -> None:
     assert not [found for found in imported_by(PACKAGE / f"{name}.py") if "distributed" in found]
 

@@ -33,6 +33,9 @@ def command(
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Timed rounds; every method runs once in each.")] = 20,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of each process.  [default: torch's]")] = None,
+    cpu_kernel: Annotated[
+        bool, typer.Option("--cpu-kernel", help="Time cpu_kernel=True as well; needs a C++ compiler.")
+    ] = False,
     growth: Annotated[bool, typer.Option(help="Time against elements, tensors and ranks instead.")] = False,
     scale: Annotated[float, typer.Option(min=0, help="With --growth: times the usual sizes.")] = 1.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
@@ -49,6 +52,7 @@ def command(
     \b
     dist-agc bench                                          # GPT-2 small, in one process
     dist-agc bench --model resnet50 --layout fsdp2 --nproc 2
+    dist-agc bench --cpu-kernel                             # what a kernel in C++ gains on this machine
     dist-agc bench --layout zero2 --nproc 2
     dist-agc bench --model mypackage.models:make_model --clipped 0.1
     dist-agc bench --growth
@@ -75,7 +79,9 @@ def command(
     with launch.process_group(here) if here is not None else nullcontext():
         rank, size = (here.rank, here.size) if here is not None else (0, 1)
         shown = display.console(here, stderr=True)
-        results = {share: _run(model, layout, share, rounds, shown) for share in clipped or (0.0, 0.05, 1.0)}
+        results = {
+            share: _run(model, layout, share, rounds, cpu_kernel, shown) for share in clipped or (0.0, 0.05, 1.0)
+        }
     if rank != 0:
         return
     title = f"{model}, {layout}, {size} process{'es' * (size > 1)} of {torch.get_num_threads()} threads"
@@ -92,7 +98,7 @@ def command(
         _print(results, title, machine, path)
 
 
-def _run(model: str, layout: str, share: float, rounds: int, console: Console) -> list[Method]:
+def _run(model: str, layout: str, share: float, rounds: int, cpu_kernel: bool, console: Console) -> list[Method]:
     from ..config import AGCConfig
     from . import contenders, display, shapes, synthetic, timing
 
@@ -102,12 +108,14 @@ def _run(model: str, layout: str, share: float, rounds: int, console: Console) -
         synthetic.fill(weights)
         synthetic.turn_into_gradients(weights, gradients, share, config)
         if layout.startswith("zero"):
-            found = contenders.in_steps(synthetic.Engine(weights, gradients, int(layout[-1])), config)
+            found = contenders.in_steps(
+                synthetic.Engine(weights, gradients, int(layout[-1])), config, cpu_kernel=cpu_kernel
+            )
         else:
             weights, gradients = synthetic.sharded(weights, layout), synthetic.sharded(gradients, layout)
             for parameter, gradient in zip(weights.parameters(), gradients.parameters(), strict=True):
                 parameter.grad = gradient.detach()
-            found = contenders.on_gradients(weights, layout, config)
+            found = contenders.on_gradients(weights, layout, config, cpu_kernel=cpu_kernel)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     with display.work(console, f"{share:.0%} of units clipped", rounds + 2) as advance:
@@ -161,8 +169,8 @@ def _print(results: dict[float, list[Method]], title: str, machine: str, path: P
     console.print(
         "ms: median. / norm and / floor: times that of clipping by the norm of all gradients and of reading W and G "
         "once, in the same round. Every 10: means over 10 calls, of which one measures weights. Ops: dispatched, "
-        "without views. Sends: collectives, and the kB given to them. MB: the most memory beyond what there was, "
-        "as torch's profiler sees it.",
+        "without views and without cpu_kernel's. Sends: collectives, and the kB given to them. MB: the most memory "
+        "beyond what there was, as torch's profiler sees it.",
         style="dim",
     )
     console.print(f"Chart: {path}")

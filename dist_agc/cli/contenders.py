@@ -20,11 +20,12 @@ from .synthetic import Engine
 from .timing import Method
 
 FLOOR, NORM, AGC, REUSED = "W and G read once", "clip_grad_norm_", "dist_agc", "dist_agc, every 10"
+KERNEL = "cpu_kernel"
 DEEPSPEED, NOTHING = "gradient_clipping 1.0", "no clipping"
 INTERVAL = 10
 
 
-def on_gradients(model: nn.Module, layout: str, config: AGCConfig) -> list[Method]:
+def on_gradients(model: nn.Module, layout: str, config: AGCConfig, *, cpu_kernel: bool = False) -> list[Method]:
     """What works on gradients where they lie; each starts from those that ``model`` has now."""
     parameters = list(model.parameters())
     pairs = [(local(p.detach()), local(p.grad)) for p in parameters if p.grad is not None]
@@ -52,24 +53,22 @@ def on_gradients(model: nn.Module, layout: str, config: AGCConfig) -> list[Metho
     return [
         Method(FLOOR, floor, fresh),
         Method(f"FSDP1 {NORM}" if layout == "fsdp1" else NORM, norm, fresh, baseline=True),
-        Method(AGC, Clipper(model, config).clip, fresh),
-        Method(REUSED, Clipper(model, _reusing(config)).clip, fresh, period=INTERVAL),
+        *_of_ours(config, cpu_kernel, lambda config: {"call": Clipper(model, config).clip, "before": fresh}),
         _of_others("timm", _timm, lambda clip: clip(parameters, config.clipping_threshold, config.eps), fresh, layout),
         _of_others("Composer", _composer, lambda clip: clip(model, config.clipping_threshold), fresh, layout),
     ]
 
 
-def in_steps(engine: Engine, config: AGCConfig) -> list[Method]:
+def in_steps(engine: Engine, config: AGCConfig, *, cpu_kernel: bool = False) -> list[Method]:
     """``engine.step()`` of DeepSpeed with one clipping or another inside."""
 
-    def method(name: str, clipper: Clipper | None, norm: float = 0.0, **options: Any) -> Method:
-        return Method(name, engine.step, partial(engine.ready, clipper, norm), **options)
+    def calls(clipper: Clipper | None, norm: float = 0.0) -> dict[str, Any]:
+        return {"call": engine.step, "before": partial(engine.ready, clipper, norm)}
 
     return [
-        method(NOTHING, None),
-        method(DEEPSPEED, None, 1.0, baseline=True),
-        method(AGC, Clipper.of_placed(engine.placed, config)),
-        method(REUSED, Clipper.of_placed(engine.placed, _reusing(config)), period=INTERVAL),
+        Method(NOTHING, **calls(None)),
+        Method(DEEPSPEED, **calls(None, 1.0), baseline=True),
+        *_of_ours(config, cpu_kernel, lambda config: calls(Clipper.of_placed(engine.placed, config))),
     ]
 
 
@@ -77,8 +76,14 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _reusing(config: AGCConfig) -> AGCConfig:
-    return replace(config, weight_norm_interval=INTERVAL)
+def _of_ours(config: AGCConfig, cpu_kernel: bool, calls: Callable[[AGCConfig], dict[str, Any]]) -> list[Method]:
+    """Measuring weights always and every few calls; with ``cpu_kernel`` both once more."""
+    methods = []
+    for own in (False, True)[: 1 + cpu_kernel]:
+        for name, interval in ((AGC, 1), (REUSED, INTERVAL)):
+            one = replace(config, cpu_kernel=own, weight_norm_interval=interval)
+            methods.append(Method(f"{name}, {KERNEL}" if own else name, **calls(one), period=interval))
+    return methods
 
 
 def _of_others(

@@ -233,8 +233,12 @@ def parity(
     steps: int = 3,
     tolerance: float = 1e-5,
     twin_tolerance: float | None = 1e-5,
+    **block: Any,
 ) -> Outcome:
-    """Train with AGC, and hold every step against the oracle: gradients, counts, norms; in the end the weights."""
+    """Train with AGC, and hold every step against the oracle: gradients, counts, norms; in the end the weights.
+
+    ``block``: more keys of the JSON's block.
+    """
     prepare()
     stage = settings["zero_optimization"]["stage"]
     kind = kind or kind_of(stage)
@@ -245,7 +249,8 @@ def parity(
     excluded = {name for group in by_group for name, _ in group if name.startswith("uneven.")} if exclude else set()
     twin = Twin(groups, threshold, excluded)
     made = optimizer or (lambda given: torch.optim.SGD(given, lr=LR))
-    settings = {**settings, "adaptive_gradient_clipping": {"clipping_threshold": threshold, "exclude": list(exclude)}}
+    agc = {"clipping_threshold": threshold, "exclude": list(exclude), **block}
+    settings = {**settings, "adaptive_gradient_clipping": agc}
     from dist_agc.integrations.deepspeed import initialize
 
     if checkpointed:
