@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
-from dist_agc import AGCConfig, Clipper
+from dist_agc import AGCConfig, Clipper, row_norms
 from dist_agc.cli import build, contenders, growing, synthetic, timing
 
 CONFIG = AGCConfig(clipping_threshold=0.01)
@@ -176,6 +176,16 @@ def test_the_command(tmp_path: Path) -> None:
     assert chart.read_bytes()[:4] == b"\x89PNG"
 
 
+def test_a_kernel_of_our_own_beside_torchs(tmp_path: Path) -> None:
+    chosen = ["--model", "test_bench:small", "--rounds", "10", "--clipped", "0.25", "--json", "--cpu-kernel"]
+    clipped = json.loads(run(chosen, tmp_path).splitlines()[-1])["clipped"]["0.25"]
+    found = {row["method"]: row for row in clipped}
+    for name in (contenders.KERNEL, contenders.KERNEL_REUSED):
+        assert found[name]["ms"] > 0 and found[name]["clipped_units"] == found[contenders.AGC]["clipped_units"]
+    # It does not go through torch's dispatcher: of the one matrix that lies in rows, gradient and weight.
+    assert found[contenders.AGC]["operations"] - found[contenders.KERNEL]["operations"] == 2
+
+
 def test_the_tables(tmp_path: Path) -> None:
     text = run(["--model", "test_bench:small", "--rounds", "10", "--clipped", "0", "--clipped", "1"], tmp_path)
     assert "0% of units clipped" in text and "100% of units clipped" in text
@@ -211,10 +221,16 @@ def test_every_layout_on_its_processes(layout: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
-    [(["--model", "nothing"], "is no preset"), (["--layout", "zero9", "--nproc", "1"], "zero9")],
+    [
+        (["--model", "nothing"], "is no preset"),
+        (["--layout", "zero9", "--nproc", "1"], "zero9"),
+        (["--cpu-kernel"], "needs a C++ compiler"),
+    ],
 )
 def test_mistakes(arguments: list[str], says: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    row_norms.load.cache_clear()
     result = CliRunner().invoke(build(), ["bench", *arguments, "--out", str(tmp_path)])
     assert result.exit_code != 0
     assert says in result.output

@@ -68,13 +68,19 @@ def command(
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else every start of torch's profiler says so on stderr
     import torch
 
+    from .. import row_norms
     from . import charts, display
 
+    if cpu_kernel:
+        try:
+            row_norms.load()
+        except RuntimeError as error:
+            raise typer.BadParameter(str(error), param_hint="--cpu-kernel") from None
     if threads is not None:
         torch.set_num_threads(threads)
     out.mkdir(parents=True, exist_ok=True)
     if growth:
-        _growth(out / "growth.png", scale, as_json)
+        _growth(out / "growth.png", scale, as_json, display.console(here))
         return
     with launch.process_group(here) if here is not None else nullcontext():
         rank, size = (here.rank, here.size) if here is not None else (0, 1)
@@ -95,7 +101,7 @@ def command(
         shares = {str(share): [_record(m, found) for m in found] for share, found in results.items()}
         print(json.dumps({"title": title, "machine": machine, "clipped": shares}))
     else:
-        _print(results, title, machine, path)
+        _print(results, title, machine, path, display.console(here))
 
 
 def _run(model: str, layout: str, share: float, rounds: int, cpu_kernel: bool, console: Console) -> list[Method]:
@@ -133,12 +139,10 @@ def _record(method: Method, found: list[Method]) -> dict[str, Any]:
     return {"method": method.name, "ms": 1e3 * method.typical, **ratios, **method.counts}
 
 
-def _print(results: dict[float, list[Method]], title: str, machine: str, path: Path) -> None:
+def _print(results: dict[float, list[Method]], title: str, machine: str, path: Path, console: Console) -> None:
     from rich.box import SIMPLE_HEAD
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False)
     console.print(f"[bold]{title}[/bold]\n[dim]{machine}[/dim]")
     for share, found in results.items():
         table = Table(
@@ -168,17 +172,15 @@ def _print(results: dict[float, list[Method]], title: str, machine: str, path: P
             console.print(f"[dim]{method.name}: {method.reason}[/dim]")
     console.print(
         "ms: median. / norm and / floor: times that of clipping by the norm of all gradients and of reading W and G "
-        "once, in the same round. Every 10: means over 10 calls, of which one measures weights. Ops: dispatched, "
-        "without views and without cpu_kernel's. Sends: collectives, and the kB given to them. MB: the most memory "
-        "beyond what there was, as torch's profiler sees it.",
+        "once, in the same round. Every 10: means over 10 calls, of which one measures weights. Kernel: with "
+        "cpu_kernel=True. Ops: dispatched, without views and the kernel's own. Sends: collectives, and the kB given to "
+        "them. MB: the most memory beyond what there was, as torch's profiler sees it.",
         style="dim",
     )
     console.print(f"Chart: {path}")
 
 
-def _growth(path: Path, scale: float, as_json: bool) -> None:
-    from rich.console import Console
-
+def _growth(path: Path, scale: float, as_json: bool, console: Console) -> None:
     from . import charts
     from .growing import curves
 
@@ -187,7 +189,6 @@ def _growth(path: Path, scale: float, as_json: bool) -> None:
     if as_json:
         print(json.dumps([{"against": c.against, "what": c.what, "points": c.points, "power": c.power} for c in found]))
         return
-    console = Console(highlight=False)
     for curve in found:
         points = ", ".join(f"{size:,}: {seconds * 1e3:.2g} ms" for size, seconds in curve.points)
         console.print(f"{curve.what:8} against {curve.against:12} grows with the power {curve.power:.2f}  ({points})")

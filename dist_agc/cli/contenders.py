@@ -19,8 +19,9 @@ from ..config import AGCConfig
 from .synthetic import Engine
 from .timing import Method
 
-FLOOR, NORM, AGC, REUSED = "W and G read once", "clip_grad_norm_", "dist_agc", "dist_agc, every 10"
-KERNEL = "cpu_kernel"
+FLOOR, NORM = "W and G read once", "clip_grad_norm_"
+AGC, REUSED = "dist_agc", "dist_agc, every 10"
+KERNEL, KERNEL_REUSED = "dist_agc, kernel", "dist_agc, kernel, every 10"  # cpu_kernel=True
 DEEPSPEED, NOTHING = "gradient_clipping 1.0", "no clipping"
 INTERVAL = 10
 
@@ -78,12 +79,12 @@ def local(tensor: Tensor) -> Tensor:
 
 def _of_ours(config: AGCConfig, cpu_kernel: bool, calls: Callable[[AGCConfig], dict[str, Any]]) -> list[Method]:
     """Measuring weights always and every few calls; with ``cpu_kernel`` both once more."""
-    methods = []
-    for own in (False, True)[: 1 + cpu_kernel]:
-        for name, interval in ((AGC, 1), (REUSED, INTERVAL)):
-            one = replace(config, cpu_kernel=own, weight_norm_interval=interval)
-            methods.append(Method(f"{name}, {KERNEL}" if own else name, **calls(one), period=interval))
-    return methods
+    kinds = [(AGC, False, 1), (REUSED, False, INTERVAL), (KERNEL, True, 1), (KERNEL_REUSED, True, INTERVAL)]
+    return [
+        Method(name, **calls(replace(config, cpu_kernel=own, weight_norm_interval=interval)), period=interval)
+        for name, own, interval in kinds
+        if cpu_kernel or not own
+    ]
 
 
 def _of_others(
