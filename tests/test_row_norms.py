@@ -67,6 +67,23 @@ def test_every_length(rows: int, threads: int) -> None:
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("clones", ['"avx2", "default"', None], ids=["avx2", "baseline"])
+def test_older_processors(clones: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What the loader would pick there, or all there is where nothing is picked, gives the same norms."""
+    attribute, given = "__attribute__((target_clones(%s)))", '"avx512f", "avx2", "default"'
+    text = row_norms.SOURCE.read_text()
+    assert attribute % given in text
+    source = tmp_path / "row_norms.cpp"
+    source.write_text(text.replace(attribute % given, attribute % clones if clones else ""))
+    monkeypatch.setattr(row_norms, "SOURCE", source)
+    kernel = row_norms.load.__wrapped__()
+    monkeypatch.setattr(row_norms, "load", lambda: kernel)
+    for length in (1, 63, 64, 65, 768, 20_000):
+        x, out = torch.randn(33, length), torch.empty(33)
+        row_norms.row_norms(x, (1,), out)
+        torch.testing.assert_close(out.double(), x.double().square().sum(1).sqrt(), rtol=3e-7, atol=0)
+
+
 @pytest.mark.parametrize("elements", [100_000, 20_000_000])
 def test_long_rows_keep_their_precision(elements: int) -> None:
     x, out = torch.rand(1, elements, generator=torch.Generator().manual_seed(2)) + 0.5, torch.empty(1)
