@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .fragments import Block
-from .norms import Kernel, is_small, one_kernel, unit_norms_
+from .norms import Kernel, is_small, one_kernel, unit_norms_, vector_norm
 
 # How a tensor lies in memory, which decides on the kernel: strides, dtype, device, whether its numbers are negated.
 Kind = tuple[tuple[int, ...], torch.dtype, torch.device, bool]
@@ -82,9 +82,9 @@ class Norms:
         norms, at = torch.empty(len(parts), dtype=self.out.dtype), 0
         for shape, count in self._groups:
             some = [part if part is not self._nothing else part.expand(shape) for part in parts[at : at + count]]
-            torch.linalg.vector_norm(
-                torch.stack(some).view(count, -1), 2, 1, dtype=self.out.dtype, out=norms[at : at + count]
-            )
+            rows, into = torch.stack(some).view(count, -1), norms[at : at + count]
+            # By the kernel that measures such units where a rank has more of them, so that norms agree to the last bit.
+            (one_kernel(rows, (1,), into, own=self._own) or vector_norm)(rows, (1,), into)
             at += count
         return norms
 

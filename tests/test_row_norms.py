@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -46,8 +46,10 @@ def test_the_oracles_gradients(kind: str, measured: list[tuple[int, int]]) -> No
     threshold = helpers.median_threshold(module, rules)
     expected = helpers.reference(module, rules, threshold)
     helpers.assert_clipped(module, helpers.agc(module, threshold, cpu_kernel=True), expected)
-    weight: Any = module.weight
-    assert measured == [(len(weight), weight[0].numel())] * 2, "gradient and weight, once each"
+    module = cast(Any, module)
+    weight = module.weight
+    bias = [(1, module.bias.numel())] if hasattr(module, "bias") else []
+    assert measured == [*bias, (len(weight), weight[0].numel())] * 2, "gradients, then weights"
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])

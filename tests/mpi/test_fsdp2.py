@@ -139,7 +139,8 @@ def test_every_step_with_adam(world: World, kind: str) -> None:
         helpers.assert_clipped(model, hook.stats, expected)
 
 
-def test_whole_units_are_bitwise_those_of_one_process(world: World) -> None:
+@pytest.mark.parametrize("cpu_kernel", [False, True])
+def test_whole_units_are_bitwise_those_of_one_process(world: World, cpu_kernel: bool) -> None:
     """Where no unit is split the arithmetic is the same, to the last bit."""
     model = sharded(world)
     backward(model, world)
@@ -148,8 +149,8 @@ def test_whole_units_are_bitwise_those_of_one_process(world: World) -> None:
         assert name == other and isinstance(p, DTensor)
         q.data = p.full_tensor().data.clone()
         q.grad = p.grad.full_tensor().clone() if isinstance(p.grad, DTensor) else None
-    helpers.agc(model, models.THRESHOLD)
-    stats = helpers.agc(alone, models.THRESHOLD)
+    helpers.agc(model, models.THRESHOLD, cpu_kernel=cpu_kernel)
+    stats = helpers.agc(alone, models.THRESHOLD, cpu_kernel=cpu_kernel)
     whole = [
         name for name, p in alone.named_parameters() if p.ndim >= 2 and p.grad is not None and "deconv" not in name
     ]
