@@ -45,8 +45,8 @@ class Norms:
         shapes = [list(found) for _, found in itertools.groupby(shape for shape, *_ in alone)]
         self._groups = [] if out.device.type != "cpu" else [(found[0], len(found)) for found in shapes]
         self._nothing = out.new_zeros(())
-        # The single kernels that were found to measure tensors well, for as long as these lie as they did.
-        self._easy: list[tuple[Kind, Kernel] | None] = [None] * len(self._several)
+        # What was found to measure each tensor well, for as long as it lies as it did.
+        self._chosen: list[tuple[Kind, Kernel] | None] = [None] * len(self._several)
 
     def fill(self, tensors: Sequence[Tensor | None]) -> None:
         """Measure local tensors; None counts as zeros."""
@@ -62,14 +62,11 @@ class Norms:
                 _sparse_norms(tensor.coalesce(), block, out)
                 continue
             view = block.view(tensor)
-            kind, easy = (view.stride(), view.dtype, view.device, view.is_neg()), self._easy[at]
-            if easy is None or easy[0] != kind:
-                kernel = one_kernel(view, block.reduced, out, own=self._own)
-                easy = self._easy[at] = (kind, kernel) if kernel is not None else None
-            if easy is not None:
-                easy[1](view, block.reduced, out)
-            else:
-                unit_norms_(view, block.reduced, out)
+            kind, chosen = (view.stride(), view.dtype, view.device, view.is_neg()), self._chosen[at]
+            if chosen is None or chosen[0] != kind:
+                kernel = one_kernel(view, block.reduced, out, own=self._own) or unit_norms_
+                chosen = self._chosen[at] = (kind, kernel)
+            chosen[1](view, block.reduced, out)
 
     def _small(self, tensors: Sequence[Tensor | None]) -> Tensor:
         parts = [

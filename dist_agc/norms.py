@@ -32,16 +32,15 @@ def is_small(x: Tensor) -> bool:
     return 0 < x.numel() and not (x.is_cpu and x.numel() > _LONG)
 
 
-def unit_norms_(x: Tensor, reduced: tuple[int, ...], out: Tensor) -> None:
-    """Write the L2 norms of ``x`` over the dims ``reduced`` to ``out``, in the dtype of ``out``.
+def unit_norms_(x: Tensor, reduced: tuple[int, ...], out: Tensor) -> Tensor:
+    """Write the L2 norms of ``x`` over the dims ``reduced`` to ``out``, in the dtype of ``out``, and return that.
 
     Accelerators take one kernel. CPU kernels convert whole tensors, walk columns slowly and lose digits in long rows,
     so there such tensors are halved until they are easy, and halves meet in ``hypot``.
     """
     if out.device != x.device:
-        out.copy_(_norms(x, reduced, torch.empty_like(out, device=x.device)))
-    else:
-        _norms(x, reduced, out)
+        return out.copy_(_norms(x, reduced, torch.empty_like(out, device=x.device)))
+    return _norms(x, reduced, out)
 
 
 def _norms(x: Tensor, reduced: tuple[int, ...], out: Tensor) -> Tensor:
