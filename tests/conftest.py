@@ -217,3 +217,19 @@ def world(request: pytest.FixtureRequest) -> World:
     current = _current(request.config)
     assert current is not None, "the world fixture needs @pytest.mark.mpi"
     return current
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """(rows, length) of every call of the kernel behind ``cpu_kernel=True``, on this rank."""
+    from dist_agc import row_norms
+
+    calls: list[tuple[int, int]] = []
+    kernel = row_norms.load()
+
+    def counted(x: int, rows: int, length: int, out: int, threads: int) -> None:
+        calls.append((rows, length))
+        kernel(x, rows, length, out, threads)
+
+    monkeypatch.setattr(row_norms, "load", lambda: counted)
+    return calls

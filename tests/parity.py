@@ -1,11 +1,12 @@
 """Train a sharded model next to the oracle: gradients, statistics and collectives of each step, the weights after."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 import dist_agc
 import oracle
@@ -99,6 +100,16 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def distribute(model: nn.Module, mesh: DeviceMesh, placements: Mapping[str, Sequence[Any]]) -> nn.Module:
+    """The parameters named become DTensors; the others stay plain."""
+    for name, placed in placements.items():
+        owner, _, attribute = name.rpartition(".")
+        module = model.get_submodule(owner)
+        spread = distribute_tensor(getattr(module, attribute).detach(), mesh, list(placed), src_data_rank=None)
+        module.register_parameter(attribute, nn.Parameter(spread))
+    return model
+
+
 def planted(
     make: Callable[[], nn.Module], values: Mapping[str, Tensor], shard: Callable[[nn.Module], nn.Module]
 ) -> nn.Module:
@@ -139,8 +150,8 @@ def check_one_clip(
     wanted = planted(make, expected.grads, shard)
     for parameter, grad in zip(model.parameters(), given.parameters(), strict=True):
         parameter.grad = grad.detach() if grad.numel() else None
-    options = {"clipping_threshold": threshold, "units": dict(units) if units else None, **settings}
-    options["cpu_kernel"] = cpu_kernel
+    options = {"clipping_threshold": threshold, "units": dict(units) if units else None, "cpu_kernel": cpu_kernel}
+    options |= settings
     stats = agc(model, **options)
     assert_stats(stats, expected, tolerance=2e-6)
     assert_equal_everywhere(world, stats)

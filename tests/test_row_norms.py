@@ -24,20 +24,6 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-@pytest.fixture
-def measured(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    """(rows, length) of every call of the kernel."""
-    calls: list[tuple[int, int]] = []
-    kernel = row_norms.load()
-
-    def counted(x: int, rows: int, length: int, out: int, threads: int) -> None:
-        calls.append((rows, length))
-        kernel(x, rows, length, out, threads)
-
-    monkeypatch.setattr(row_norms, "load", lambda: counted)
-    return calls
-
-
 @pytest.mark.parametrize("kind", LAYERS)
 def test_the_oracles_gradients(kind: str, measured: list[tuple[int, int]]) -> None:
     module = LAYERS[kind]()

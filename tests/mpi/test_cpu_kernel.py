@@ -1,6 +1,7 @@
 """``cpu_kernel=True`` where parameters are sharded: the same promises, in rows that are cut anywhere."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -8,30 +9,15 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Shard, distribute_module, distribute_tensor
+from torch.distributed.tensor import Shard
 
-from dist_agc import row_norms
-from parity import check_one_clip
+from parity import check_one_clip, distribute
 
 pytestmark = [
     pytest.mark.mpi(min_size=2),
     pytest.mark.filterwarnings("ignore:FSDP"),
     pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning"),
 ]
-
-
-@pytest.fixture
-def lengths(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[int]]:
-    """Of the rows that the kernel measured on this rank."""
-    found: set[int] = set()
-    kernel = row_norms.load()
-
-    def counted(x: int, rows: int, length: int, out: int, threads: int) -> None:
-        found.add(length)
-        kernel(x, rows, length, out, threads)
-
-    monkeypatch.setattr(row_norms, "load", lambda: counted)
-    yield found
 
 
 def model() -> nn.Module:
@@ -53,38 +39,33 @@ def fsdp2(module: nn.Module, mesh: Any) -> nn.Module:
 
 def columns(module: nn.Module, mesh: Any) -> nn.Module:
     """Every row is cut, as by a row-wise parallel linear layer."""
-
-    def cut(name: str, layer: nn.Module, mesh: Any) -> None:
-        for key, parameter in list(layer.named_parameters(recurse=False)):
-            placement = Shard(1) if parameter.ndim > 1 else Shard(0)
-            layer.register_parameter(key, nn.Parameter(distribute_tensor(parameter.detach(), mesh, [placement])))
-
-    return distribute_module(module, mesh, cut)
+    placements = {name: [Shard(1 if p.ndim > 1 else 0)] for name, p in module.named_parameters()}
+    return distribute(module, mesh, placements)
 
 
-SHARDS: dict[str, tuple[Callable[..., nn.Module], dict[str, Any]]] = {
-    "fsdp1": (fsdp1, {"originals": True}),
-    "fsdp1-flat": (fsdp1, {"originals": False}),
-    "fsdp2": (fsdp2, {}),
-    "tp": (columns, {}),
+SHARDS: dict[str, Callable[[nn.Module, Any], nn.Module]] = {
+    "fsdp1": partial(fsdp1, originals=True),
+    "fsdp1-flat": partial(fsdp1, originals=False),
+    "fsdp2": fsdp2,
+    "tp": columns,
 }
 
 
 @pytest.mark.parametrize("layout", SHARDS)
-def test_sharded(world: Any, layout: str, lengths: set[int]) -> None:
-    shard, options = SHARDS[layout]
-    mesh = world.mesh()
-    check_one_clip(world, model, lambda m: shard(m, mesh, **options), all_reduces=1, cpu_kernel=True)
+def test_sharded(world: Any, layout: str, measured: list[tuple[int, int]]) -> None:
+    """The kernel measures whole rows of the first layer, or what this rank has of them."""
+    shard, mesh = SHARDS[layout], world.mesh()
+    check_one_clip(world, model, lambda m: shard(m, mesh), all_reduces=1, cpu_kernel=True)
     cut = -(-120 // world.size)
-    length = min(cut, 120 - world.rank * cut) if layout == "tp" else 120
-    assert length in lengths, "whole rows of the first layer, or what this rank has of them"
+    expected = min(cut, 120 - world.rank * cut) if layout == "tp" else 120
+    assert expected in {length for _, length in measured}
 
 
 @pytest.mark.filterwarnings("ignore")  # DeepSpeed and what it imports warn about each other's ways
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_zero(world: Any, stage: int, lengths: set[int]) -> None:
+def test_zero(world: Any, stage: int, measured: list[tuple[int, int]]) -> None:
     pytest.importorskip("deepspeed")
     import deepspeed_runs as runs
 
     runs.parity(world, runs.config(world, stage), cpu_kernel=True).engine.destroy()
-    assert any(world.gather(len(lengths))), "on some rank; others may hold small parameters alone"
+    assert any(world.gather(len(measured))), "on some rank; others may hold small parameters alone"

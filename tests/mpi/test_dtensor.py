@@ -1,13 +1,11 @@
 """DTensor in all its forms: FSDP2, HSDP, tensor parallel, both, three axes, placements by hand."""
 
 import itertools
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
@@ -16,7 +14,7 @@ import oracle
 from helpers import agc, assert_clipped, assert_equal_everywhere, collectives, full, worst_relative_error
 from models import awkward
 from parallel import parallel, sequence_loss, sequences, tensor_parallel
-from parity import check_one_clip, check_training
+from parity import check_one_clip, check_training, distribute
 
 pytestmark = [
     pytest.mark.mpi(min_size=2),
@@ -136,16 +134,6 @@ def test_tensor_parallel_and_hsdp(world: Any, shape: tuple[int, int, int]) -> No
 
 
 # ------------------------------------------------------------------------------------------------- placements by hand
-
-
-def distribute(model: nn.Module, mesh: DeviceMesh, placements: Mapping[str, Sequence[Any]]) -> nn.Module:
-    """The parameters named become DTensors; the others stay plain."""
-    for name, placed in placements.items():
-        owner, _, attribute = name.rpartition(".")
-        module = model.get_submodule(owner)
-        spread = distribute_tensor(getattr(module, attribute).detach(), mesh, list(placed), src_data_rank=None)
-        module.register_parameter(attribute, nn.Parameter(spread))
-    return model
 
 
 class Zoo(nn.Module):
