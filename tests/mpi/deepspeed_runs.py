@@ -8,7 +8,7 @@ import functools
 import itertools
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -237,6 +237,8 @@ def parity(
 ) -> Outcome:
     """Train with AGC, and hold every step against the oracle: gradients, counts, norms; in the end the weights.
 
+    ZeRO 3's padding holds NaN, of which nothing may come.
+
     ``block``: more keys of the JSON's block.
     """
     prepare()
@@ -256,6 +258,7 @@ def parity(
     if checkpointed:
         model.forward = functools.partial(checkpoint, model.forward, use_reentrant=False)
     engine, *_ = initialize(model=model, optimizer=made(groups(model)), config=settings)
+    spoil_padding(world, engine)
     watch = Watch(inner(engine))
     worst, calls, expected, reference = 0.0, [], None, None
     for step in range(steps):
@@ -291,13 +294,34 @@ def final_weights(model: nn.Module, twin: Twin, stage: int) -> dict[str, Tensor]
     return {name: value.detach().double() for name, value in full.items() if value is not None}
 
 
-def flat_weights(engine: Any) -> list[Tensor]:
-    """This rank's fp32 partitions; at stage 0 its weights."""
+def flat_weights(world: Any, engine: Any) -> list[Tensor]:
+    """What this rank holds of the fp32 weights, without ZeRO 3's padding; at stage 0 its weights."""
     outer = engine.optimizer
     if isinstance(outer, torch.optim.Optimizer):
         return [p.detach().clone() for p in engine.module.parameters()]
-    flats = getattr(outer, "fp32_partitioned_groups_flat", None) or outer.single_partition_of_fp32_groups
-    return [flat.detach().clone() for flat in flats]
+    if hasattr(outer, "fp32_partitioned_groups_flat"):
+        return [held.clone() for held, _ in pieces(world, outer)]
+    return [flat.detach().clone() for flat in outer.single_partition_of_fp32_groups]
+
+
+def pieces(world: Any, outer: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    """ZeRO 3: views of what this rank holds of each parameter, and of the padding behind it.
+
+    DeepSpeed takes the partitions as ``torch.empty`` and never writes their padding, so it may hold anything, NaN too.
+    """
+    for group, flat in zip(outer.fp16_groups, outer.fp32_partitioned_groups_flat, strict=True):
+        lengths = [-(-p.ds_numel // world.size) for p in group]
+        if flat.numel():  # else it lies on NVMe
+            for parameter, piece in zip(group, flat.detach().split(lengths), strict=True):
+                held = min(max(parameter.ds_numel - world.rank * len(piece), 0), len(piece))
+                yield piece[:held], piece[held:]
+
+
+def spoil_padding(world: Any, engine: Any) -> None:
+    """NaN into ZeRO 3's padding: the worst that the memory may have held."""
+    if hasattr(engine.optimizer, "fp32_partitioned_groups_flat"):
+        for _, padding in pieces(world, engine.optimizer):
+            padding.fill_(float("nan"))
 
 
 def keys_of(state: Any, path: str = "") -> list[str]:

@@ -132,18 +132,19 @@ def test_resuming_gives_the_weights_of_an_uninterrupted_run(world, stage, tmp_pa
     path = world.gather(str(tmp_path))[0]
     runs.prepare()
     whole = engine_of(world, stage, block=block)
+    runs.spoil_padding(world, whole)
     for step in range(2):
         runs.one_step(world, whole, step)
     whole.save_checkpoint(path, tag="two")
     for step in range(2, 4):
         runs.one_step(world, whole, step)
-    expected = runs.flat_weights(whole)
+    expected = runs.flat_weights(world, whole)
     whole.destroy()
     resumed = engine_of(world, stage, block=block)
     resumed.load_checkpoint(path, tag="two")
     for step in range(2, 4):
         runs.one_step(world, resumed, step)
-    got = runs.flat_weights(resumed)
+    got = runs.flat_weights(world, resumed)
     world.check(all(torch.equal(a, b) for a, b in zip(expected, got, strict=True)), "weights differ")
     resumed.destroy()
 

@@ -278,12 +278,12 @@ def test_deepspeed_in_bf16_hands_such_values_over(world: Any, stage: int, on_non
     settings = {**runs.config(world, stage), "bf16": bf16, "adaptive_gradient_clipping": block}
     engine: Any
     engine, *_ = initialize(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), config=settings)
-    watch, before = runs.Watch(runs.inner(engine)), runs.flat_weights(engine)
+    watch, before = runs.Watch(runs.inner(engine)), runs.flat_weights(world, engine)
     engine.backward(engine(torch.ones(4, 5, dtype=torch.bfloat16)).square().mean())
     if on_nonfinite == "raise":
         with pytest.raises(FloatingPointError, match="in 2.weight; no gradient was changed"):
             engine.step()
-        assert all(torch.equal(a, b) for a, b in zip(runs.flat_weights(engine), before, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(runs.flat_weights(world, engine), before, strict=True))
     else:
         engine.step()
         (call,) = watch.take()
