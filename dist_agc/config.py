@@ -95,7 +95,7 @@ class AGCConfig:
         weight_norm_interval: measure the weight norms every so many calls and reuse them in between. 1 is exact.
         compile: fuse what is computed between the norms and the scaling with ``torch.compile``. Meant for
             accelerators, where it saves launches; on a CPU it gains nothing (docs/performance.md).
-        cpu_kernel: measure fp32 rows on a CPU by a kernel in C++, compiled in half a second when the settings are first
+        cpu_kernel: measure fp32 rows on a CPU by a kernel in C++, compiled in 0.25 s when the settings are first
             used; needs a C++ compiler. Faster (docs/performance.md), and the same but for rounding.
 
     Raises:

@@ -23,7 +23,7 @@ FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-fPIC", "-shared")
 
 @cache
 def load() -> Any:
-    """Compile the kernel, half a second, and return its function.
+    """Compile the kernel (0.25 s) and return its function.
 
     Nothing is kept on disk, so that no lock and no cache can be left behind, and nothing built for one machine be found
     on another that shares its home.

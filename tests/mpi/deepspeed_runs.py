@@ -8,7 +8,7 @@ import functools
 import itertools
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.utils import groups as deepspeed_groups
+from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.checkpoint import checkpoint
@@ -286,42 +287,34 @@ def parity(
 
 
 def final_weights(model: nn.Module, twin: Twin, stage: int) -> dict[str, Tensor]:
-    from deepspeed.utils import safe_get_full_fp32_param
-
     # Not safe_get_full_fp32_param below stage 3: with round-robin gradients it takes parameters in the wrong order.
     named = {name: p for name, p in model.named_parameters() if name in twin.thresholds}
     full = {name: safe_get_full_fp32_param(p) if stage == 3 else p for name, p in named.items()}
     return {name: value.detach().double() for name, value in full.items() if value is not None}
 
 
-def flat_weights(world: Any, engine: Any) -> list[Tensor]:
-    """What this rank holds of the fp32 weights, without ZeRO 3's padding; at stage 0 its weights."""
-    outer = engine.optimizer
-    if isinstance(outer, torch.optim.Optimizer):
-        return [p.detach().clone() for p in engine.module.parameters()]
-    if hasattr(outer, "fp32_partitioned_groups_flat"):
-        return [held.clone() for held, _ in pieces(world, outer)]
-    return [flat.detach().clone() for flat in outer.single_partition_of_fp32_groups]
+def full_weights(engine: Any) -> list[Tensor]:
+    """Every fp32 weight, whole, on every rank; where DeepSpeed keeps none beside the parameter, the parameter.
 
-
-def pieces(world: Any, outer: Any) -> Iterator[tuple[Tensor, Tensor]]:
-    """ZeRO 3: views of what this rank holds of each parameter, and of the padding behind it.
-
-    DeepSpeed takes the partitions as ``torch.empty`` and never writes their padding, so it may hold anything, NaN too.
+    Not for round-robin gradients, see `final_weights`.
     """
+    found = [(p, safe_get_full_fp32_param(p)) for p in engine.module.parameters()]
+    return [(p if full is None else full).detach().clone() for p, full in found]
+
+
+def spoil_padding(world: Any, engine: Any) -> None:
+    """NaN behind the last elements of ZeRO 3's parameters, where anything may lie.
+
+    DeepSpeed takes the partitions as ``torch.empty`` and never writes their padding.
+    """
+    outer = engine.optimizer
+    if not hasattr(outer, "fp32_partitioned_groups_flat"):
+        return
     for group, flat in zip(outer.fp16_groups, outer.fp32_partitioned_groups_flat, strict=True):
         lengths = [-(-p.ds_numel // world.size) for p in group]
         if flat.numel():  # else it lies on NVMe
             for parameter, piece in zip(group, flat.detach().split(lengths), strict=True):
-                held = min(max(parameter.ds_numel - world.rank * len(piece), 0), len(piece))
-                yield piece[:held], piece[held:]
-
-
-def spoil_padding(world: Any, engine: Any) -> None:
-    """NaN into ZeRO 3's padding: the worst that the memory may have held."""
-    if hasattr(engine.optimizer, "fp32_partitioned_groups_flat"):
-        for _, padding in pieces(world, engine.optimizer):
-            padding.fill_(float("nan"))
+                piece[max(parameter.ds_numel - world.rank * len(piece), 0) :] = float("nan")
 
 
 def keys_of(state: Any, path: str = "") -> list[str]:

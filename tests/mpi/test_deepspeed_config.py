@@ -138,13 +138,13 @@ def test_resuming_gives_the_weights_of_an_uninterrupted_run(world, stage, tmp_pa
     whole.save_checkpoint(path, tag="two")
     for step in range(2, 4):
         runs.one_step(world, whole, step)
-    expected = runs.flat_weights(world, whole)
+    expected = runs.full_weights(whole)
     whole.destroy()
     resumed = engine_of(world, stage, block=block)
     resumed.load_checkpoint(path, tag="two")
     for step in range(2, 4):
         runs.one_step(world, resumed, step)
-    got = runs.flat_weights(world, resumed)
+    got = runs.full_weights(resumed)
     world.check(all(torch.equal(a, b) for a, b in zip(expected, got, strict=True)), "weights differ")
     resumed.destroy()
 

@@ -222,8 +222,7 @@ def test_deepspeed_overflow(world: Any, stage: int) -> None:
     """From ZeRO 1 on DeepSpeed skips a step with a value that is not finite (fp32 too; it refuses fp16 on a CPU), so
     AGC never sees it, and the next step is as ever. At ZeRO 0 the value reaches AGC."""
     pytest.importorskip("deepspeed")
-    from deepspeed.utils import safe_get_full_fp32_param
-    from deepspeed_runs import config, prepare
+    from deepspeed_runs import config, full_weights, prepare
 
     from dist_agc.integrations.deepspeed import initialize
 
@@ -238,9 +237,7 @@ def test_deepspeed_overflow(world: Any, stage: int) -> None:
     def step() -> list[Tensor]:
         engine.backward(engine(torch.ones(4, 5)).square().mean())
         engine.step()
-        parameters = list(engine.module.parameters())
-        found = [safe_get_full_fp32_param(p) for p in parameters]
-        return [p.detach().clone() if f is None else f for p, f in zip(parameters, found, strict=True)]
+        return full_weights(engine)
 
     after = step()
     if stage:
@@ -278,12 +275,12 @@ def test_deepspeed_in_bf16_hands_such_values_over(world: Any, stage: int, on_non
     settings = {**runs.config(world, stage), "bf16": bf16, "adaptive_gradient_clipping": block}
     engine: Any
     engine, *_ = initialize(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), config=settings)
-    watch, before = runs.Watch(runs.inner(engine)), runs.flat_weights(world, engine)
+    watch, before = runs.Watch(runs.inner(engine)), runs.full_weights(engine)
     engine.backward(engine(torch.ones(4, 5, dtype=torch.bfloat16)).square().mean())
     if on_nonfinite == "raise":
         with pytest.raises(FloatingPointError, match="in 2.weight; no gradient was changed"):
             engine.step()
-        assert all(torch.equal(a, b) for a, b in zip(runs.flat_weights(world, engine), before, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(runs.full_weights(engine), before, strict=True))
     else:
         engine.step()
         (call,) = watch.take()
