@@ -3,12 +3,12 @@
 The method is that of Brock et al. 2021, arXiv 2102.06171.
 """
 
+from .attach import AGCHook, attach
 from .clipper import Clipper, apply_agc
 from .config import AGCConfig
-from .hooks import AGCHook, attach
-from .names import last_linear
+from .model.names import last_linear
+from .observe import Ratios, ratios
 from .stats import ClipStats, ParameterStats
-from .survey import Ratios, ratios
 
 __version__ = "0.1.0"
 

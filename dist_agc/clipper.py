@@ -1,28 +1,32 @@
-"""Clipper: collect gradients, measure, reduce, scale."""
+"""Clipper: the parameters of one model, their unit rules, and the executions that clip them."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from . import frameworks
 from .config import AGCConfig, check_threshold
-from .fragments import Fragment
-from .layouts import Placed, make_fragments, place
-from .part import Part
-from .row_norms import load
+from .engine.execution import Execution
+from .engine.row_norms import load
+from .model.parameter import Parameter
+from .model.units import UnitRule, unit_rules
 from .stats import ClipStats
+
+Model = nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]]
 
 
 class Clipper:
     """Adaptive gradient clipping for one model, wherever its shards lie. The object under `apply_agc` and `attach`.
 
-    The plan is made here, from structure alone, so every rank must make its Clipper at the same point of the program
-    (after ``fully_shard``, ``FSDP(...)``, ``parallelize_module``). Freezing and unfreezing parameters later is noticed.
+    Make it after sharding (``fully_shard``, ``FSDP(...)``, ``parallelize_module``), on every rank. It covers whatever
+    has trained at any call so far, so parameters may be frozen and thawed at any time.
 
     Args:
         model: a module (plain, DDP, FSDP1, FSDP2, tensor parallel), or an iterable of parameters or of
@@ -42,54 +46,50 @@ class Clipper:
         3
     """
 
-    def __init__(
-        self,
-        model: nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]],
-        config: AGCConfig | None = None,
-        **options: Any,
-    ) -> None:
-        self._start(place(model), AGCConfig.of(config, options))
+    def __init__(self, model: Model, config: AGCConfig | None = None, **options: Any) -> None:
+        self._start(frameworks.parameters(model), AGCConfig.of(config, options))
 
     @classmethod
-    def of_placed(cls, placed: Sequence[Placed], config: AGCConfig) -> Clipper:
-        """A Clipper of parameters whose layouts are known already, as integrations make them."""
+    def of(cls, parameters: Sequence[Parameter], config: AGCConfig) -> Clipper:
+        """A Clipper of parameters that a framework has made already."""
         clipper = cls.__new__(cls)
-        clipper._start(placed, config)
+        clipper._start(parameters, config)
         return clipper
 
-    def _start(self, placed: Sequence[Placed], config: AGCConfig) -> None:
+    def _start(self, parameters: Sequence[Parameter], config: AGCConfig) -> None:
         if config.cpu_kernel:
             load()  # here, so that a missing compiler is told before anything is clipped
         self.config = config
-        self._placed = list(placed)
-        self._plan()
+        self.parameters = list(parameters)
+        self.rules = unit_rules(self.parameters, config)
+        # What has never trained, by place: plans cover all else, whatever is frozen in between.
+        self._idle = {i: p for i, p in enumerate(self.parameters) if not p.trains}
+        self._executions: dict[frozenset[int] | None, Execution] = {}
+        for p, rule in self._trained():
+            p.pieces(rule)  # here, so that what cannot be cut into its units is told at once
 
-    def _plan(self) -> None:
-        self._trainable = [p.layout.holder.requires_grad for p in self._placed]
-        self.fragments: list[Fragment] = make_fragments(self._placed, self.config)
-        self._parts: dict[frozenset[int] | None, Part] = {}
+    def _trained(self) -> list[tuple[Parameter, UnitRule | None]]:
+        pairs = zip(self.parameters, self.rules, strict=True)
+        return [pair for i, pair in enumerate(pairs) if i not in self._idle]
 
-    def holds(self, parameter: Tensor) -> bool:
-        """Whether ``parameter`` is one that an optimizer would hold for this model."""
-        return any(p.layout.holder is parameter for p in self._placed)
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether ``tensor`` is one that an optimizer would hold for this model."""
+        return any(p.tensor is tensor for p in self.parameters)
 
-    def frozen(self) -> list[tuple[str, Tensor]]:
-        """Parameters that are not trained, by name."""
-        return [(p.named.name, p.layout.holder) for p in self._placed if not p.layout.holder.requires_grad]
-
-    def part(self, holders: Iterable[Tensor] | None = None) -> Part:
-        """The plan for all parameters, or for those that one optimizer holds; made once."""
-        if self._trainable != [p.layout.holder.requires_grad for p in self._placed]:
-            self._plan()
-        key = None if holders is None else frozenset(map(id, holders))
-        if key not in self._parts:
-            chosen = [f for f in self.fragments if key is None or id(f.holder) in key]
-            self._parts[key] = Part(chosen, self.config)
-        return self._parts[key]
+    def execution(self, tensors: Iterable[Tensor] | None = None) -> Execution:
+        """That of all parameters, or of these. Kept until something that it covers trains for the first time."""
+        for place in [i for i, p in self._idle.items() if p.trains]:
+            new = id(self._idle.pop(place).tensor)
+            self._executions = {k: e for k, e in self._executions.items() if k is not None and new not in k}
+        key = None if tensors is None else frozenset(map(id, tensors))
+        if key not in self._executions:
+            chosen = [(p, rule) for p, rule in self._trained() if key is None or id(p.tensor) in key]
+            self._executions[key] = Execution([p for p, _ in chosen], [rule for _, rule in chosen], self.config)
+        return self._executions[key]
 
     def clip(
         self,
-        holders: Iterable[Tensor] | None = None,
+        tensors: Iterable[Tensor] | None = None,
         *,
         clipping_threshold: float | None = None,
         thresholds: Mapping[int, float | None] | None = None,
@@ -98,36 +98,31 @@ class Clipper:
         """Clip every gradient in place, between backward and the optimizer's update. All ranks must call it.
 
         Args:
-            holders: clip only the gradients of these tensors (those that one optimizer holds).
+            tensors: clip only the gradients of these (those that one optimizer holds).
             clipping_threshold: in place of the config's, in this call.
-            thresholds: by ``id`` of a holder, a threshold in place of both; None does not clip it.
+            thresholds: by ``id`` of such a tensor, a threshold in place of both; None does not clip it.
             grad_scale: the loss scale that the gradients still carry; they are judged as if divided by it.
 
         Returns:
             The statistics of the whole model over all ranks; None with ``statistics=False``.
 
         Raises:
-            ValueError: a gradient that does not lie as its parameter does. No gradient was changed.
-            FloatingPointError: on every rank, with ``on_nonfinite="raise"`` and a gradient that is not finite. No
-                gradient was changed.
+            ValueError: a gradient that does not lie as its parameter does.
+            FloatingPointError: on every rank, with ``on_nonfinite="raise"`` and a gradient that is not finite.
             RuntimeError: ranks are set up differently (checked at the first call).
+            After any of these no gradient was changed.
         """
-        holders = None if holders is None else list(holders)
         if clipping_threshold is not None:
             clipping_threshold = check_threshold(clipping_threshold)
         with torch.no_grad(), torch.profiler.record_function("dist_agc::clip"):
-            return self.part(holders).clip(thresholds or {}, grad_scale, clipping_threshold)
+            return self.execution(tensors).clip(thresholds or {}, grad_scale, clipping_threshold)
 
 
 # The last plan of every model that `apply_agc` has seen, for as long as the model lives.
 _clippers: weakref.WeakKeyDictionary[nn.Module, tuple[object, Clipper]] = weakref.WeakKeyDictionary()
 
 
-def apply_agc(
-    model: nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]],
-    clipping_threshold: float | AGCConfig | None = None,
-    **options: Any,
-) -> ClipStats | None:
+def apply_agc(model: Model, clipping_threshold: float | AGCConfig | None = None, **options: Any) -> ClipStats | None:
     """Clip the gradients of ``model`` once, between ``loss.backward()`` and ``optimizer.step()``.
 
     Takes the place of Composer's functional ``apply_agc``; ``eps=0`` is its exact rule. On sharded models every rank
@@ -143,9 +138,7 @@ def apply_agc(
         The statistics of this clipping.
 
     Raises:
-        TypeError: an unknown option, or something that is no parameter.
-        ValueError: a setting out of range, a pattern that matches nothing, a layout that is not known. No gradient was
-            changed.
+        TypeError, ValueError, RuntimeError: as `Clipper` and its ``clip``. No gradient was changed.
 
     Example:
         >>> layer = nn.Linear(3, 2)
@@ -154,29 +147,39 @@ def apply_agc(
         >>> float(stats.clip_fraction)
         1.0
     """
-    if isinstance(clipping_threshold, AGCConfig):
-        config = AGCConfig.of(clipping_threshold, options)
-    else:
-        given = {} if clipping_threshold is None else {"clipping_threshold": clipping_threshold}
-        config = AGCConfig.of(None, {**given, **options})
+    config = clipping_threshold if isinstance(clipping_threshold, AGCConfig) else None
+    if config is None and clipping_threshold is not None:
+        options["clipping_threshold"] = clipping_threshold
+    config = AGCConfig.of(config, options)
+    return clipper_of(model, config).clip(clipping_threshold=config.clipping_threshold)
+
+
+def clipper_of(model: Model, config: AGCConfig) -> Clipper:
+    """The Clipper that is kept for a module, for as long as its parameters and the settings stay; else a new one.
+
+    The threshold may follow a schedule, so it counts for nothing here: give it to `Clipper.clip`.
+    """
     if not isinstance(model, nn.Module):
-        return Clipper(model, config).clip()
-    # Planned anew only where parameters or settings change; the threshold may follow a schedule.
+        return Clipper(model, config)
     key = (replace(config, clipping_threshold=1.0), [id(p) for p in model.parameters()])
     kept = _clippers.get(model)
     if kept is None or kept[0] != key:
         kept = _clippers[model] = (key, Clipper(model, config))
-    return kept[1].clip(clipping_threshold=config.clipping_threshold)
+    return kept[1]
 
 
-def group_thresholds(
-    groups: Iterable[Mapping[str, Any]], check: Callable[[object, str], float]
-) -> dict[int, float | None]:
-    """The thresholds that parameter groups ask for, by ``id`` of the parameter."""
+def held(*optimizers: Optimizer) -> list[Tensor]:
+    """What optimizers step on."""
+    return [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+
+
+def group_thresholds(*optimizers: Optimizer) -> dict[int, float | None]:
+    """The thresholds that their parameter groups ask for, by ``id`` of the parameter."""
     found: dict[int, float | None] = {}
-    for i, group in enumerate(groups):
+    for i, group in (numbered for optimizer in optimizers for numbered in enumerate(optimizer.param_groups)):
         if "clipping_threshold" in group:
-            asked = group["clipping_threshold"]
-            value = None if asked is None else check(asked, f"param_groups[{i}]['clipping_threshold']")
+            value = group["clipping_threshold"]
+            if value is not None:
+                value = check_threshold(value, f"param_groups[{i}]['clipping_threshold']")
             found.update((id(p), value) for p in group["params"])
     return found

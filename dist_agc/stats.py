@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
-
-_CLIPPED, _NONFINITE, _SQUARE = range(3)
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,22 +26,6 @@ class ParameterStats:
     def clip_fraction(self) -> Tensor:
         """Clipped units over units; 0 where there are none."""
         return self.clipped_units / max(self.units, 1)
-
-
-class _PerParameter(Mapping[str, ParameterStats]):
-    def __init__(self, units: dict[str, int], sums: Tensor) -> None:
-        self._units, self._sums = units, sums
-        self._row = {name: i for i, name in enumerate(units)}
-
-    def __getitem__(self, name: str) -> ParameterStats:
-        sums = self._sums[self._row[name]]
-        return ParameterStats(self._units[name], sums[_CLIPPED], sums[_NONFINITE], sums[_SQUARE].sqrt())
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._units)
-
-    def __len__(self) -> int:
-        return len(self._units)
 
 
 class ClipStats:
@@ -78,10 +60,8 @@ class ClipStats:
     def __init__(self, units: dict[str, int], sums: Tensor, max_ratio: Tensor) -> None:
         """``units``: by governed parameter. ``sums``: one row (clipped, non-finite, squared gradient) per governed
         parameter in that order, then one per excluded parameter."""
-        self._units = units
-        self._sums = sums
-        self.max_ratio = max_ratio
-        self.units = sum(units.values())
+        self._units, self._sums = units, sums
+        self.units, self.max_ratio = sum(units.values()), max_ratio
 
     @classmethod
     def merged(cls, parts: Iterable[ClipStats]) -> ClipStats:
@@ -98,23 +78,36 @@ class ClipStats:
 
     @property
     def clipped_units(self) -> Tensor:
-        return self._sums[:, _CLIPPED].sum()
+        return self._sums[:, 0].sum()
 
     @property
     def nonfinite_units(self) -> Tensor:
-        return self._sums[:, _NONFINITE].sum()
+        return self._sums[:, 1].sum()
+
+    @property
+    def grad_norm(self) -> Tensor:
+        return self._sums[:, 2].sum().sqrt()
 
     @property
     def clip_fraction(self) -> Tensor:
         return self.clipped_units / max(self.units, 1)
 
-    @property
-    def grad_norm(self) -> Tensor:
-        return self._sums[:, _SQUARE].sum().sqrt()
-
     @cached_property
     def per_parameter(self) -> Mapping[str, ParameterStats]:
-        return _PerParameter(self._units, self._sums)
+        clipped, nonfinite, squares = self._sums[: len(self._units)].unbind(1)
+        columns = zip(clipped.unbind(), nonfinite.unbind(), squares.sqrt().unbind(), strict=True)
+        return {
+            name: ParameterStats(units, *row) for (name, units), row in zip(self._units.items(), columns, strict=True)
+        }
+
+    def as_tensors(self, *, per_parameter: bool = False) -> dict[str, Tensor]:
+        """As `as_dict`, but without ``agc/units``, which is no tensor, and without waiting for the device."""
+        names = ("clipped_units", "clip_fraction", "nonfinite_units", "grad_norm", "max_ratio")
+        values = {f"agc/{name}": getattr(self, name) for name in names}
+        for name, of in self.per_parameter.items() if per_parameter else ():
+            values[f"agc/clip_fraction/{name}"] = of.clip_fraction
+            values[f"agc/grad_norm/{name}"] = of.grad_norm
+        return values
 
     def as_dict(self, *, per_parameter: bool = False) -> dict[str, float]:
         """Plain floats under stable names, for any logger. Waits for the device.
@@ -122,21 +115,9 @@ class ClipStats:
         Args:
             per_parameter: add ``agc/clip_fraction/NAME`` and ``agc/grad_norm/NAME`` of every governed parameter.
         """
-        sums = self._sums.tolist()
-        clipped = sum(row[_CLIPPED] for row in sums)
-        values = {
-            "agc/units": float(self.units),
-            "agc/clipped_units": clipped,
-            "agc/clip_fraction": clipped / max(self.units, 1),
-            "agc/nonfinite_units": sum(row[_NONFINITE] for row in sums),
-            "agc/grad_norm": sum(row[_SQUARE] for row in sums) ** 0.5,
-            "agc/max_ratio": float(self.max_ratio),
-        }
-        if per_parameter:
-            for (name, units), row in zip(self._units.items(), sums, strict=False):
-                values[f"agc/clip_fraction/{name}"] = row[_CLIPPED] / max(units, 1)
-                values[f"agc/grad_norm/{name}"] = row[_SQUARE] ** 0.5
-        return values
+        here = ClipStats(self._units, self._sums.cpu(), self.max_ratio.cpu())  # one copy, not one for each number
+        values = here.as_tensors(per_parameter=per_parameter)
+        return {"agc/units": float(self.units), **{name: float(value) for name, value in values.items()}}
 
     def __repr__(self) -> str:
         return f"ClipStats({', '.join(f'{k[4:]}={v:.4g}' for k, v in self.as_dict().items())})"

@@ -31,9 +31,8 @@ autodoc_mock_imports = ["composer"]  # it needs an older torch than the other in
 
 # The build warns of every name that leads nowhere (-n). Those of other packages cannot: nothing is fetched.
 nitpick_ignore_regex = [
-    (r"py:.*", r"(torch|nn|collections|typing|numbers)\..*"),
+    (r"py:.*", r"(accelerate|torch|nn|collections|typing|numbers)\..*"),
     (r"py:.*", r"Trainer|Accelerator"),
-    (r"py:.*", r"dist_agc\.(layouts\.Placed|part\.Part)"),  # beside Clipper's public methods
     (r"py:obj", r".*\(.*"),  # a call, which is code
 ]
 

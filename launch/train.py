@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import dist_agc
-from dist_agc.cli import require
-from dist_agc.cli.tasks import Task, load
+from dist_agc.console import require
+from dist_agc.lab.tasks import Task, load
 
 # What every launcher here tells each process.
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -139,7 +139,7 @@ def deepspeed(model: nn.Module, config: Path) -> Trainee:
 
 def clipped(agc: dist_agc.AGCHook | None) -> str:
     """Waits for the device, so it belongs where something is printed anyway."""
-    return "without AGC" if agc is None or agc.stats is None else f"clipped {float(agc.stats.clip_fraction):6.1%}"
+    return "without AGC" if agc is None or not agc.stats else f"clipped {float(agc.stats.clip_fraction):6.1%}"
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-pytest.register_assert_rewrite("helpers")
+pytest.register_assert_rewrite("helpers", "ranks")
 
 # No tests, and of a name that Python's own installation may have loaded already.
 collect_ignore = ["at_exit"]
@@ -222,7 +222,7 @@ def world(request: pytest.FixtureRequest) -> World:
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """(rows, length) of every call of the kernel behind ``cpu_kernel=True``, on this rank."""
-    from dist_agc import row_norms
+    from dist_agc.engine import row_norms
 
     calls: list[tuple[int, int]] = []
     kernel = row_norms.load()

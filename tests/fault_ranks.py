@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.nn.parallel import DistributedDataParallel
 
 import dist_agc
-from dist_agc import vectors
+from dist_agc.engine import execution
 
 TIMEOUT = 8.0
 
@@ -121,7 +121,7 @@ def scenario(name: str, rank: int, size: int) -> tuple[nn.Module, Any]:
             backward(engine)
             dist.barrier()
             if odd:
-                vectors.all_reduce = lambda buffer, axis: os._exit(9)
+                execution.all_reduce = lambda buffer, axis: os._exit(9)
         return engine, engine.step
     model = fsdp1() if name == "fsdp1 dies" else model_of(size, 6 if odd and name == "model" else 5)
     if name == "constructor":
@@ -137,6 +137,7 @@ def scenario(name: str, rank: int, size: int) -> tuple[nn.Module, Any]:
         return model, lambda: clip(model, odd, **(different[name] if odd else {}))
     if name == "frozen" and odd:
         model.bias.requires_grad_(False)
+        model.bias.grad = None  # pyright: ignore[reportArgumentType]
     if name == "first gradient" and odd:
         model.bias.grad = misplaced(model.bias)
     clipper = dist_agc.Clipper(model, clipping_threshold=0.01)
@@ -147,7 +148,7 @@ def scenario(name: str, rank: int, size: int) -> tuple[nn.Module, Any]:
     if name == "later gradient" and odd:
         model.bias.grad = misplaced(model.bias)
     elif name in ("dies", "fsdp1 dies") and odd:
-        vectors.all_reduce = lambda buffer, axis: os._exit(9)  # in the middle of clip(), after the local norms
+        execution.all_reduce = lambda buffer, axis: os._exit(9)  # in the middle of clip(), after the local norms
     elif name == "stays away" and odd:
         return model, lambda: time.sleep(TIMEOUT + 4)
     return model, clipper.clip

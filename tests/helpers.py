@@ -39,7 +39,8 @@ def full(tensor: Tensor) -> Tensor:
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {clean(name): p for name, p in model.named_parameters() if p.requires_grad}
+    """What an optimizer would step: torch steps whatever has a gradient, frozen or not."""
+    return {clean(name): p for name, p in model.named_parameters() if p.requires_grad or p.grad is not None}
 
 
 def full_weights(model: nn.Module) -> dict[str, Tensor]:

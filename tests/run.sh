@@ -9,7 +9,7 @@ bash tests/run.sh [STAGE ...] [-- PYTEST ARGUMENTS]
 
 Makes the environment if it is missing, runs the stages named (by default all) and stops at the first that fails.
   lint      ruff check, ruff format --check
-  types     pyright over dist_agc and tests
+  types     pyright over dist_agc, docs/study and tests
   docs      the pages of docs/ built into site/, with every warning an error
   unit      tests of one process, the doctests of dist_agc; as many at once as there are cores, at most 4
   mpi       tests of several processes, under mpirun with 2, 3 and 4 ranks
@@ -80,8 +80,8 @@ docs() {
 
 unit() {
   # One thread each: those of several tests at once would wait for each other.
-  OMP_NUM_THREADS=1 run_tests "$logs/unit" python -m coverage run -m pytest dist_agc tests --ignore tests/mosaicml \
-    --ignore dist_agc/integrations/composer.py --doctest-modules -m "not mpi" --color=no \
+  OMP_NUM_THREADS=1 run_tests "$logs/unit" python -m coverage run -m pytest dist_agc docs/study/tests tests \
+    --ignore tests/mosaicml --ignore dist_agc/integrations/composer.py --doctest-modules -m "not mpi" --color=no \
     -n logical --maxprocesses 4 --dist worksteal "${pytest_args[@]}"
   some_passed
 }

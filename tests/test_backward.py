@@ -7,11 +7,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed._composable.replicate import replicate
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.profiler import ProfilerActivity, profile
+from torch.torch_version import TorchVersion
+from torch.utils.checkpoint import checkpoint
 
 import dist_agc
 import oracle
@@ -119,6 +122,24 @@ def test_one_process() -> None:
 @pytest.mark.parametrize("statistics", [True, False])
 def test_fsdp2(world: Any, statistics: bool) -> None:
     check(lambda: sharded(world.mesh()), world.rank, world.size, world, statistics=statistics)
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize(("version", "refused"), [("2.6.0", True), ("2.12.1", True), ("2.13.0", False)])
+def test_gradients_on_their_way_to_the_host_are_refused(
+    world: Any, monkeypatch: pytest.MonkeyPatch, version: str, refused: bool
+) -> None:
+    """FSDP2 with CPUOffloadPolicy before torch 2.13. The CPU's mesh says here that it is an accelerator's, as the mesh
+    of parameters that are kept on the CPU does there."""
+    model = sharded(world.mesh())
+    monkeypatch.setattr(torch, "__version__", TorchVersion(version))
+    dist_agc.attach(model, during_backward=True).remove()  # nothing is offloaded
+    monkeypatch.setattr(DeviceMesh, "device_type", property(lambda mesh: "cuda"))
+    if refused:
+        with pytest.raises(ValueError, match="copies an offloaded gradient .* use a newer torch"):
+            dist_agc.attach(model, during_backward=True)
+    else:
+        dist_agc.attach(model, during_backward=True).remove()
 
 
 @pytest.mark.mpi(min_size=2)
@@ -257,16 +278,125 @@ def test_parameters_that_are_frozen_and_unfrozen_later() -> None:
         assert hook.stats is not None and hook.stats.units == 6
 
 
-def test_a_loss_scale_is_refused() -> None:
+@pytest.mark.parametrize("unscale_first", [True, False])
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_loss_scale_is_refused(fused: bool, unscale_first: bool) -> None:
     model = nn.Linear(3, 2)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=fused)
     dist_agc.attach(model, optimizer, during_backward=True, clipping_threshold=0.1)
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     scaler.scale(model(torch.ones(1, 3)).sum()).backward()
+    if unscale_first:
+        scaler.unscale_(optimizer)
     before = [p.detach().clone() for p in model.parameters()]
     with pytest.raises(RuntimeError, match="cannot be right with a GradScaler"):
         scaler.step(optimizer)
     assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+
+
+class Told(torch.optim.SGD):
+    """Wants to be given the scaler, as optimizers were before they had attributes for it."""
+
+    def step(self, closure: Any = None, grad_scaler: Any = None) -> None:  # type: ignore[override]
+        super().step(closure)
+
+
+@pytest.mark.filterwarnings("ignore:GradScaler is going to stop passing itself:FutureWarning")
+def test_a_loss_scale_is_refused_for_an_optimizer_that_is_given_the_scaler() -> None:
+    model = nn.Linear(3, 2)
+    optimizer = Told(model.parameters(), lr=0.1)
+    optimizer._step_supports_amp_scaling = True  # type: ignore[attr-defined]
+    hook: Any = dist_agc.attach(model, optimizer, during_backward=True, clipping_threshold=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    scaler.scale(model(torch.ones(1, 3)).sum()).backward()
+    with pytest.raises(RuntimeError, match="cannot be right with a GradScaler"):
+        scaler.step(optimizer)
+    optimizer.zero_grad()
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    assert int(hook.stats.clipped_units) == 3
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_scaler_that_is_switched_off_changes_nothing(fused: bool) -> None:
+    """Training scripts step through one and the same scaler in every precision."""
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=fused)
+    hook: Any = dist_agc.attach(model, optimizer, during_backward=True, clipping_threshold=0.1)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    before = model.weight.detach().clone()
+    scaler.scale(model(torch.ones(1, 3)).sum()).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert int(hook.stats.clipped_units) == 3 and not torch.equal(model.weight, before)
+
+
+class Recomputed(nn.Module):
+    """Layers whose activations are made again in backward, in an inner backward each where that is reentrant."""
+
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
+        self.reentrant = reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            made: Any = checkpoint(layer, x, use_reentrant=self.reentrant)
+            x = torch.tanh(made)
+        return x
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_fsdp2_with_activation_checkpointing(world: Any, reentrant: bool) -> None:
+    model, plain = Recomputed(reentrant), Recomputed(False)
+    rules, threshold = oracle.unit_rules(plain), 0.01
+    for layer in model.layers:
+        fully_shard(layer, mesh=world.mesh())
+    fully_shard(model, mesh=world.mesh())
+    hook: Any = dist_agc.attach(model, during_backward=True, clipping_threshold=threshold)
+    for step in range(3):
+        generator = torch.Generator().manual_seed(step)
+        x = torch.randn(4 * world.size, 6, generator=generator)
+        plain.zero_grad()
+        plain(x.clone().requires_grad_()).square().mean().backward()
+        expected = oracle.clip(full_weights(plain), full_grads(plain), rules, threshold)
+        assert_some_clipped(expected)
+        model.zero_grad()
+        model(x.chunk(world.size)[world.rank].clone().requires_grad_()).square().mean().backward()
+        assert worst_distance(full_grads(model), expected.grads) <= 1e-5
+        assert_stats(hook.stats, expected, tolerance=1e-5)
+        assert_equal_everywhere(world, hook.stats)
+
+
+class Fails(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        raise KeyError("in the middle")
+
+
+def test_an_error_in_an_inner_backward() -> None:
+    """The next backward begins a record of its own."""
+    model = Recomputed(reentrant=True)
+    hook: Any = dist_agc.attach(model, during_backward=True, clipping_threshold=1e-6)
+    x = torch.ones(1, 6, requires_grad=True)
+    fails = lambda y: model.layers[1](Fails.apply(y))  # noqa: E731
+    for _ in range(2):
+        with pytest.raises(KeyError, match="in the middle"):
+            made: Any = checkpoint(fails, model.layers[0](x), use_reentrant=True)
+            model.layers[2](made).sum().backward()
+        assert not hook.stats
+        model.zero_grad()
+    model(x).sum().backward()
+    assert hook.stats.units == 21 and int(hook.stats.clipped_units) == 21
+    model.zero_grad()
+    model.layers[2](x).sum().backward()
+    assert hook.stats.units == 21 and int(hook.stats.clipped_units) == 7
 
 
 def test_hooks_that_would_run_first_are_refused() -> None:

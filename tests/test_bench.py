@@ -11,8 +11,10 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
-from dist_agc import AGCConfig, Clipper, row_norms
-from dist_agc.cli import build, contenders, growing, synthetic, timing
+from dist_agc import AGCConfig, Clipper
+from dist_agc.cli import build
+from dist_agc.engine import row_norms
+from dist_agc.lab import contenders, growing, synthetic, timing
 
 CONFIG = AGCConfig(clipping_threshold=0.01)
 

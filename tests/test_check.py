@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,10 @@ MODELS = '''
 import torch
 from torch import nn
 
-import dist_agc.vectors
+from dist_agc.engine import execution
 
 CPU = torch.device("cpu")
-REAL = dist_agc.vectors.all_reduce
+REAL = execution.all_reduce
 
 
 def plain():
@@ -111,7 +112,7 @@ def engine():
 
 def forgets():
     """Nothing is sent, as where the norm of a shard is taken for the norm of the whole."""
-    dist_agc.vectors.all_reduce = lambda buffer, axis: buffer
+    execution.all_reduce = lambda buffer, axis: buffer
     return plain()
 
 
@@ -122,8 +123,75 @@ def chatters():
         torch.distributed.all_reduce(torch.ones(1), group=axis.group)
         return REAL(buffer, axis)
 
-    dist_agc.vectors.all_reduce = twice
+    execution.all_reduce = twice
     return plain()
+
+
+def not_on_rank_1(error):
+    if torch.distributed.get_rank() == 1:
+        raise error
+
+
+def no_model():
+    not_on_rank_1(OSError("no checkpoint"))
+    return plain(), loss
+
+
+def no_forward():
+    def fails(model):
+        not_on_rank_1(KeyError("no batch"))
+        return loss(model)
+
+    return plain(), fails
+
+
+def no_forward_of_shares():
+    model, shared = shares()
+
+    def fails(made):
+        not_on_rank_1(KeyError("no batch"))
+        return shared(made)
+
+    return model, fails
+
+
+def no_loss():
+    def fails(model):
+        found = loss(model)
+        not_on_rank_1(KeyError("no targets"))
+        return found
+
+    return plain(), fails
+
+
+class Fails(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        not_on_rank_1(ArithmeticError("no gradient"))
+        return grad
+
+
+class Middle(nn.Module):
+    def forward(self, x):
+        return Fails.apply(x)
+
+
+def no_backward():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 7), Middle(), nn.Linear(7, 3)), loss
+
+
+def needs_ddp():
+    return plain(), lambda made: loss(made) * made.reducer.__class__.__name__.count("Reducer")
+
+
+def exits():
+    not_on_rank_1(SystemExit("no licence"))
+    return plain(), loss
 '''
 
 
@@ -238,7 +306,8 @@ def test_a_model_that_is_sharded_already(folder: Path, factory: str) -> None:
         pytest.importorskip("deepspeed")
     (row,) = all_ok(check(folder, "--model", f"mine:{factory}", "--layout", "as-is", "--json")).values()
     assert row["units"] == (18 if factory == "shares" else 12)
-    assert row["collectives"] == 1 and row["error"] < 1e-6
+    # Shares of a sum are added up first, by themselves.
+    assert row["collectives"] == 1 + (factory == "shares") and row["error"] < 1e-6
 
 
 # ----------------------------------------------------------------------------------------------------------- what fails
@@ -256,6 +325,49 @@ def test_a_clip_that_is_wrong_is_called_wrong(folder: Path, factory: str, said: 
     assert rows["ddp"]["verdict"] == "ok"
 
 
+@pytest.mark.parametrize(
+    ("factory", "said", "layouts"),
+    [
+        ("no_model", "OSError: no checkpoint", ["ddp", "zero2"]),
+        ("exits", "SystemExit: no licence", ["fsdp2", "zero3"]),
+        ("no_forward", "KeyError: 'no batch'", ["ddp", "fsdp2"]),
+        ("no_forward", "KeyError: 'no batch'", ["fsdp1 full", "zero0"]),
+        ("no_forward", "KeyError: 'no batch'", ["zero3"]),
+        ("no_forward_of_shares", "KeyError: 'no batch'", ["as-is"]),
+        ("no_loss", "KeyError: 'no targets'", ["fsdp2", "zero0"]),
+        ("no_loss", "KeyError: 'no targets'", ["zero2"]),
+        ("no_backward", "ArithmeticError: no gradient", ["ddp", "fsdp2"]),
+        ("no_backward", "ArithmeticError: no gradient", ["fsdp2", "zero3"]),
+    ],
+)
+def test_what_fails_on_one_rank_is_an_error_that_names_it(
+    folder: Path, factory: str, said: str, layouts: list[str]
+) -> None:
+    """The others may be inside of collectives, which nothing can end; what then cannot run is said to be skipped."""
+    if any("zero" in name for name in layouts):
+        pytest.importorskip("deepspeed")
+    chosen = [f"--layout={name}" for name in layouts]
+    began = time.monotonic()
+    done = check(folder, "--model", f"mine:{factory}", *chosen, "--json")
+    assert done.returncode == 1 and "SIG" not in done.stderr and time.monotonic() - began < 90, done.stderr
+    rows = rows_of(done)
+    assert list(rows) == layouts
+    first, *others = rows.values()
+    assert first["verdict"] == "error" and first["note"] == f"rank 1: {said}", rows
+    for row in others:
+        if factory in ("no_model", "exits"):  # every rank knows before it shards anything
+            assert row["verdict"] == "error" and row["note"] == first["note"]
+        else:
+            assert row["verdict"] == "skipped" and f"{layouts[0]} failed on rank 1" in row["note"], rows
+
+
+def test_what_fails_on_every_rank_hides_no_other_layout(folder: Path) -> None:
+    done = check(folder, "--model", "mine:needs_ddp", "--layout", "plain", "--layout", "ddp", "--json")
+    rows = rows_of(done)
+    assert rows["plain"]["verdict"] == "error" and rows["plain"]["note"].startswith("AttributeError: ")
+    assert rows["ddp"]["verdict"] == "ok" and done.returncode == 1
+
+
 def test_nothing_to_compare_is_no_success(folder: Path) -> None:
     done = check(folder, "--layout", "ddp", "--exclude", "*.bias", "--exclude", "*.weight", "--json")
     assert done.returncode == 1
@@ -269,6 +381,7 @@ def test_nothing_to_compare_is_no_success(folder: Path) -> None:
         (["--units", "*.weight:0"], "expected GLOB=DIMS"),
         (["--units", "experts=0,one"], "expected GLOB=DIMS"),
         (["--units", "w=0,0"], "distinct dims"),
+        (["--layout", "as-is"], "give a factory"),
     ],
 )
 def test_mistakes_are_told_before_anything_starts(
@@ -282,7 +395,6 @@ def test_mistakes_are_told_before_anything_starts(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--layout", "as-is"], "give a factory"),
         (["--model", "nothing"], "package.module:factory"),
         (["--layout", "ddp", "--units", "up.weigth=0"], "near names: up.weight"),
     ],

@@ -7,113 +7,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dist_agc import AGCConfig, Clipper, vectors
-from dist_agc.cli.shapes import build
-from dist_agc.cli.timing import Method, count
+from accelerator import Accelerator, Kernels, Uploads
+from dist_agc import AGCConfig, Clipper
 from dist_agc.conformance.counting import Operations
-from dist_agc.fragments import Axis
-from dist_agc.layouts import Placed, virtual
-from dist_agc.layouts.zero import FlatPartition
+from dist_agc.engine import counts, execution, kernels
+from dist_agc.frameworks import virtual
+from dist_agc.frameworks._flat import FlatInterval
+from dist_agc.lab.shapes import build
+from dist_agc.lab.timing import Method, count
+from dist_agc.model.blocks import Axis
 
 LAYOUTS = ("ddp", "fsdp2", "hsdp", "tp+fsdp2", "fsdp1", "zero1", "zero3")
-READS = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero")
-
-
-class Kernels(TorchDispatchMode):
-    """Kernels by name, views left out; a list operation counts once for every tensor of its list.
-
-    ``waits``: what makes the host wait for the device: values read back, and copies that do not say otherwise.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-        self.waits: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        name = func.__name__.partition(".")[0]
-        result = func(*args, **kwargs)
-        if name in READS or self._copies(name, args, kwargs, result):
-            self.waits.append(name)
-        if func.namespace == "aten" and not func.is_view:
-            self.names += [name] * (len(args[0]) if "_foreach" in name else 1)
-        return result
-
-    @staticmethod
-    def _copies(name: str, args: Any, kwargs: Any, result: Any) -> bool:
-        if name not in ("_to_copy", "copy_"):
-            return False
-        source = args[0] if name == "_to_copy" else args[1]
-        return source.device != result.device and not kwargs.get("non_blocking", args[2:3] == (True,))
-
-
-class Uploads(TorchFunctionMode):
-    """Adds to the waits ``torch.tensor(values, device=...)``, of which a dispatcher of fake tensors sees nothing."""
-
-    def __init__(self, waits: list[str]) -> None:
-        super().__init__()
-        self.waits = waits
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in (torch.tensor, torch.as_tensor) and torch.device(kwargs.get("device") or "cpu").type != "cpu":
-            self.waits.append(func.__name__)
-        return func(*args, **kwargs)
-
-
-class Layer(nn.Module):
-    """Sizes that no number of ranks divides: a parameter cut anywhere has the ends of two rows and rows in between."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.q_proj = nn.Linear(23, 15)
-        self.o_proj = nn.Linear(15, 23)
-
-
-class Accelerator:
-    """A model whose weights and gradients are fake tensors on no CPU: shapes and kernels, no values.
-
-    Whatever reads a value back raises, because there is none. Not "cuda": a torch without CUDA cannot index fake ones.
-    """
-
-    def __init__(self, layers: int, layout: str = "ddp", **options: Any) -> None:
-        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
-        with torch.device("meta"):
-            shapes = nn.Sequential(*(Layer() for _ in range(layers)))
-        with self.mode:
-            model = build({name: tuple(p.shape) for name, p in shapes.named_parameters()}, "meta")
-        sizes = {"tp+fsdp2": {"tensor": 2}, "hsdp": {"shard": 2}}.get(layout, {})
-        placed = [self._alone(p) for p in virtual.place(model, layout, virtual.World(4, 1, **sizes))]
-        with self.mode:
-            for entry in placed:
-                entry.layout.holder.grad = torch.empty_like(entry.layout.holder)
-        self.clipper = Clipper.of_placed(placed, AGCConfig(**options))
-        self.clipper.part()  # the plan is arithmetic on real integers
-        self.parameters = len(placed)
-
-    def _alone(self, entry: Placed) -> Placed:
-        """ZeRO's partitions are one flat tensor; here each parameter has as much of it as reaches to its end."""
-        if not isinstance(entry.layout, FlatPartition):
-            return entry
-        part = entry.layout.part
-        with self.mode:
-            holder = nn.Parameter(torch.empty(part.offset + part.stop - part.start, device="meta"))
-        return replace(entry, layout=replace(entry.layout, holder=holder))
-
-    def blocks(self) -> int:
-        return len(self.clipper.part().plan.blocks)
-
-    def clip(self, **options: Any) -> Kernels:
-        """The second call; the first moves the plan to the device."""
-        with self.mode:
-            self.clipper.clip()
-            with Kernels() as seen, Uploads(seen.waits):
-                self.clipper.clip(**options)
-        return seen
 
 
 @pytest.fixture
@@ -125,7 +31,7 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         lengths.append(len(buffer))
         return buffer.clone()
 
-    monkeypatch.setattr(vectors, "all_reduce", all_reduce)
+    monkeypatch.setattr(execution, "all_reduce", all_reduce)
     return lengths
 
 
@@ -167,7 +73,7 @@ def test_nor_with_a_loss_scale_or_thresholds_that_change(layout: str) -> None:
     assert accelerator.clip(grad_scale=1024.0).waits == []
     assert accelerator.clip(clipping_threshold=0.02).waits == []
     for value in (0.1, 0.2, None):
-        some = {id(f.holder): value for f in accelerator.clipper.fragments[::2]}
+        some = {id(p.tensor): value for p in accelerator.clipper.parameters[::2]}
         assert accelerator.clip(thresholds=some).waits == []
 
 
@@ -183,8 +89,90 @@ def test_three_kernels_a_block_and_a_constant(layout: str) -> None:
         assert blocks <= (3 if layout in ("fsdp1", "zero1", "zero3") else 1) * (many.parameters - few.parameters)
         if layout == "zero3":
             assert blocks > many.parameters - few.parameters, "a layout that shows the bound"
-        stages = len(few.clipper.part().plan.stages)
-        assert len(few.clip().names) - each * few.blocks() < 60 * (1 + stages)
+        axes = len(few.clipper.execution().plan.axes)
+        assert len(few.clip().names) - each * few.blocks() < 60 * (1 + axes)
+
+
+def test_sums_in_any_order_would_be_seen() -> None:
+    slots = torch.zeros(3, device="meta")
+    at = torch.zeros(5, dtype=torch.int64, device="meta")
+    for add in (
+        lambda: slots.index_add_(0, at, torch.ones(5, device="meta")),
+        lambda: slots.scatter_add(0, at, torch.ones(5, device="meta")),
+        lambda: slots.index_put_((at,), torch.ones(5, device="meta"), accumulate=True),
+        lambda: slots.cumsum(0),
+    ):
+        with FakeTensorMode(allow_non_fake_inputs=True), Kernels() as seen:
+            add()
+        assert len(seen.in_any_order) == 1, seen.names
+    with FakeTensorMode(allow_non_fake_inputs=True), Kernels() as seen:
+        slots.to(torch.int32).index_add_(0, at, torch.ones(5, dtype=torch.int32, device="meta"))
+    assert seen.names and not seen.in_any_order
+
+
+@pytest.mark.usefixtures("sent")
+@pytest.mark.parametrize("on_nonfinite", ["keep", "zero"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_numbers_are_added_in_one_order(layout: str, on_nonfinite: str) -> None:
+    """No atomics in the first call or later: copies of a model that are clipped apart stay equal to the last bit."""
+    accelerator = Accelerator(3, layout, on_nonfinite=on_nonfinite, units={"*o_proj.weight": (1,)})
+    with accelerator.mode, Kernels() as seen:
+        accelerator.clipper.clip()
+        accelerator.clipper.clip()
+    assert "linalg_vector_norm" in seen.names and seen.in_any_order == []
+
+
+def on_two_devices(layers: int, **options: Any) -> Kernels:
+    """The second call for a model whose every other parameter is on the CPU, the first one too."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        given = []
+        for i in range(2 * layers):
+            shape = (7, 5) if i % 4 < 2 else (7,)
+            parameter = nn.Parameter(torch.empty(shape, device=("cpu", "meta")[i % 2]))
+            parameter.grad = torch.empty_like(parameter)
+            given.append((f"p{i}", parameter))
+        clipper = Clipper(given, AGCConfig(**options))
+        clipper.clip()
+        with Kernels() as seen, Uploads(seen.waits):
+            clipper.clip()
+    return seen
+
+
+@pytest.mark.parametrize("on_nonfinite", ["keep", "zero"])
+def test_weights_on_two_devices_are_copied_together(on_nonfinite: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Norms there, coefficients back: one copy each, however many tensors there are, and no wait but for those."""
+    # What it would read from the CPU: how many units of each block were clipped. Fake tensors have no values.
+    monkeypatch.setattr(kernels._OnDevice, "_counts", lambda self, mask: [1] * len(self.blocks))
+    few, many = (on_two_devices(layers, on_nonfinite=on_nonfinite) for layers in (3, 12))
+    assert len(many.names) > len(few.names) + 18
+    assert few.copies == many.copies and few.waits == many.waits
+    # Norms of weights and of gradients, coefficients, and with "zero" which units are to be zeroed.
+    assert len(many.copies) == (3 if on_nonfinite == "keep" else 4), many.copies
+
+
+@pytest.mark.usefixtures("sent")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_sums_are_float32_where_the_device_has_no_float64(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = counts.sums_dtype
+    assert real(torch.device("mps")) == torch.float32
+    assert real(torch.device("cpu")) == real(torch.device("cuda")) == torch.float64
+
+    def dtypes() -> set[torch.dtype]:
+        accelerator = Accelerator(3, layout, exclude="*q_proj.bias")
+        with accelerator.mode, Kernels() as seen, Uploads(seen.waits):
+            accelerator.clipper.clip()
+            stats = accelerator.clipper.clip()
+            assert stats is not None
+            first = next(iter(stats.per_parameter.values()))
+            assert stats.grad_norm.shape == stats.clip_fraction.shape == first.grad_norm.shape == ()
+            with torch.no_grad():
+                accelerator.clipper.execution().ratios(counts.Above([0.01, 0.1], execution.AT_LIMIT))
+        return seen.dtypes
+
+    assert torch.float64 in dtypes(), "else the case shows nothing"
+    monkeypatch.setattr(counts, "sums_dtype", lambda device: real(torch.device("mps")))
+    found = dtypes()
+    assert torch.float32 in found and torch.float64 not in found
 
 
 def test_single_tensors_are_taken_together() -> None:
@@ -202,9 +190,9 @@ def test_single_tensors_are_taken_together() -> None:
 def test_one_collective_per_group(layout: str, collectives: int, sent: list[int]) -> None:
     accelerator = Accelerator(3, layout)
     accelerator.clip()
-    stages = accelerator.clipper.part().plan.stages
-    assert len(stages) == collectives
-    assert sent == 2 * [stage.numel() for stage in stages]
+    axes = accelerator.clipper.execution().plan.axes
+    assert len(axes) == collectives
+    assert sent == 2 * [axis.numel() for axis in axes]
 
 
 def test_reused_weight_norms_halve_the_payload(sent: list[int]) -> None:
@@ -236,21 +224,19 @@ def test_only_clipped_rows_are_written_on_cpu(layout: str, sent: list[int]) -> N
     rows, width, large = 2402, 512, [3, 700, 704, 1500]
     sizes = {"shard": 2} if layout == "hsdp" else {}
     model = build({"layers.0.q_proj.weight": (rows, width)}, "cpu")
-    (entry,) = virtual.place(model, layout, virtual.World(4, 1, **sizes))
+    (parameter,) = virtual.parameters(model, layout, virtual.World(4, 1, **sizes))
     weight, grad = torch.ones(rows, width), torch.full((rows, width), 1e-6)
     grad[large] = 1.0
-    if isinstance(entry.layout, FlatPartition):
-        part = entry.layout.part
-        assert part.start % width, "begins in the middle of a row"
-        weight, grad = (x.flatten()[part.start - part.offset : part.stop] for x in (weight, grad))
-        entry = replace(entry, layout=replace(entry.layout, holder=nn.Parameter(weight.clone())))
-    else:
-        entry.layout.holder.data.copy_(weight)
-    entry.layout.holder.grad = grad.clone()
-    clipper = Clipper.of_placed([entry], AGCConfig(clipping_threshold=0.01))
+    if isinstance(parameter, FlatInterval):
+        span = parameter.span
+        assert span.start % width, "begins in the middle of a row"
+        weight, grad = (x.flatten()[span.start - span.offset : span.stop] for x in (weight, grad))
+    parameter = replace(parameter, tensor=nn.Parameter(weight.clone()))
+    parameter.tensor.grad = grad.clone()
+    clipper = Clipper.of([parameter], AGCConfig(clipping_threshold=0.01))
     with Multiplied() as seen:
         clipper.clip()
-    clipped = int((entry.layout.holder.grad != grad).sum())
+    clipped = int((parameter.tensor.grad != grad).sum())
     assert clipped in (width * n for n in (1, 2, 4))
     assert seen.elements == clipped
 

@@ -1,6 +1,7 @@
 """`dist-agc demo` as a user starts it: real processes, the files it leaves, what it says when something is wrong."""
 
 import json
+import logging
 import math
 import os
 import pty
@@ -8,19 +9,21 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import typer
 from torch.nn import functional as F
 from typer.testing import CliRunner
 
 from dist_agc import cli
-from dist_agc.cli import launch
-from dist_agc.cli.demo import MOST_PROCESSES
-from dist_agc.cli.tasks.digits import NFResNet, ScaledStdConv2d
-from dist_agc.cli.training import batches
+from dist_agc.console import launch
+from dist_agc.lab.demo import MOST_PROCESSES
+from dist_agc.lab.tasks.digits import NFResNet, ScaledStdConv2d
+from dist_agc.lab.training import batches
 
 ROOT = Path(__file__).parents[1]
 DEMO = (sys.executable, "-m", "dist_agc.cli", "demo")
@@ -60,9 +63,9 @@ def interrupted(*command: str, cwd: Path, at: str) -> tuple[str, str]:
     return said + out, err
 
 
-def invoke(*arguments: str) -> tuple[int, str]:
+def invoke(*arguments: str, app: typer.Typer | None = None) -> tuple[int, str]:
     """The command in this process: its exit code and, without the frames around messages, all it said."""
-    result = CliRunner().invoke(cli.build(), arguments, env={"COLUMNS": "200", "TERM": "dumb"})
+    result = CliRunner().invoke(app or cli.build(), arguments, env={"COLUMNS": "200", "TERM": "dumb"})
     return result.exit_code, " ".join(result.output.replace("│", " ").split())
 
 
@@ -240,6 +243,32 @@ def test_a_launchers_processes_are_joined_not_started_again(monkeypatch: pytest.
     monkeypatch.setenv("WORLD_SIZE", "3")
     code, output = invoke("demo", "--nproc", "2", "--out", ".")
     assert code == 2 and "the launcher has started 3" in output
+
+
+@pytest.mark.parametrize("end", [None, KeyboardInterrupt(), ValueError("no port")], ids=repr)
+def test_starting_processes_leaves_this_one_as_it_was(
+    end: BaseException | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from torch.distributed import run as torchrun
+
+    def fake(_: object) -> None:
+        logging.error("a page of torchrun's")
+        if end is not None:
+            raise end
+
+    monkeypatch.setattr(torchrun, "run", fake)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    environment = dict(os.environ)
+    logging.disable(logging.DEBUG)  # as a user may have done
+    try:
+        with pytest.raises(ValueError) if isinstance(end, ValueError) else nullcontext():
+            assert launch.torchrun(["check"], 2) == (0 if end is None else launch.INTERRUPTED)
+        logging.error("a word of ours")
+        logging.debug("what the user has silenced")
+    finally:
+        logging.disable(logging.NOTSET)
+    assert [record.message for record in caplog.records] == ["a word of ours"]
+    assert dict(os.environ) == environment
 
 
 def test_scaled_standardised_weights() -> None:

@@ -27,7 +27,10 @@ def sections(page: str) -> dict[str, str]:
 # -------------------------------------------------------------------------------------------------------------- errors
 
 # The command line reports mistakes in its own way; virtual.py serves it alone.
-ELSEWHERE = {PACKAGE / "cli", PACKAGE / "conformance", PACKAGE / "layouts" / "virtual.py"}
+ELSEWHERE = {
+    *(PACKAGE / name for name in ("cli", "conformance", "console", "lab")),
+    PACKAGE / "frameworks" / "virtual.py",
+}
 SOURCES = [path for path in sorted(PACKAGE.rglob("*.py")) if not ELSEWHERE & {path, *path.parents}]
 # What log records fill in, in %-style.
 FILLED_IN = re.compile(r"%[sd]")

@@ -16,7 +16,7 @@ import yaml
 from torch.nn import functional as F
 
 import dist_agc
-from dist_agc.cli.tasks import load
+from dist_agc.lab.tasks import load
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"

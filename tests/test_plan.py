@@ -11,10 +11,12 @@ from torch import nn
 from typer.testing import CliRunner
 
 from dist_agc import AGCConfig
-from dist_agc.cli import build, shapes
+from dist_agc.cli import build
 from dist_agc.cli.plan import Planned, planned
-from dist_agc.fragments import Axis
-from dist_agc.layouts import make_fragments, virtual
+from dist_agc.frameworks import virtual
+from dist_agc.lab import shapes
+from dist_agc.model.blocks import Axis
+from dist_agc.model.units import unit_rules
 
 MILLION = 1_000_000
 
@@ -57,11 +59,11 @@ def test_ranks_together_hold_every_element_once(layout: str) -> None:
     copies = {"ddp": 24, "zero0": 24, "hsdp": 4, "tp+fsdp2": 4}.get(layout, 1)  # names of ResNet: nothing to cut by tp
     held = 0
     for rank in range(size):
-        fragments = make_fragments(virtual.place(model, layout, virtual.World(size, rank, **sizes)), AGCConfig())
-        for fragment in fragments:
-            for block in fragment.pieces.blocks:
+        parameters = virtual.parameters(model, layout, virtual.World(size, rank, **sizes))
+        for parameter, rule in zip(parameters, unit_rules(parameters, AGCConfig()), strict=True):
+            for block in parameter.pieces(rule).blocks:
                 flat = block.sizes is not None
-                held += block.length if flat else fragment.local(fragment.holder).numel()
+                held += block.length if flat else parameter.weight().numel()
     assert held == copies * sum(p.numel() for p in model.parameters())
 
 
@@ -130,7 +132,7 @@ def test_worlds_must_fit() -> None:
     with pytest.raises(ValueError, match="not in a world"):
         virtual.World(8, 8)
     with pytest.raises(ValueError, match="'fsdp3' is not known"):
-        virtual.place(nn.Linear(2, 2), "fsdp3", virtual.World(2, 0))
+        virtual.parameters(nn.Linear(2, 2), "fsdp3", virtual.World(2, 0))
 
 
 def make_model() -> nn.Module:
@@ -159,7 +161,7 @@ def test_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
     text = run("--model", "resnet50", "--model", "gpt2-small", "--world", "64", "--world", "128")
     assert "resnet50" in text and "gpt2-small" in text
     for layout in virtual.LAYOUTS:
-        rows = [line for line in text.splitlines() if line.startswith(f"│ {layout} ")]
+        rows = [line for line in text.splitlines() if line.startswith(f" {layout} ")]
         assert len(rows) == 4, f"{layout}: two models and two worlds"
     assert "plan CPU s" in text and "MB are sent by each rank" in text
 

@@ -1,4 +1,4 @@
-"""The project as a whole: what is packaged, what is imported, which layer knows which, the code on its pages."""
+"""The project as a whole: what is packaged, what is imported, which floor knows which, the code on its pages."""
 
 import ast
 import os
@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from email.message import Message
 from email.parser import Parser
 from pathlib import Path
@@ -19,14 +19,17 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "dist_agc"
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 
-# Lower first: a module imports from its own layer and the ones before it. "dist_agc" is the package's __init__.
-LAYERS = [
-    *("names", "config", "units", "row_norms", "norms", "fragments", "layouts", "plan", "reduce", "stats"),
-    *("measure", "shares", "vectors", "part", "clipper", "survey", "backward", "hooks"),
-    *("dist_agc", "integrations", "conformance", "cli"),
+# Lower first: a module imports from its own floor and the ones below it. "dist_agc" is the package's __init__.
+FLOORS = [
+    *("config", "stats", "rules", "model", "engine", "frameworks", "clipper", "observe", "in_backward", "attach"),
+    *("dist_agc", "integrations", "conformance", "console", "lab", "cli"),
 ]
-# attach(engine) hands a DeepSpeed engine over to its integration, which is imported only then.
-UPWARD = {("hooks", "dist_agc.integrations.deepspeed.attach_engine")}
+# Where there are no frameworks: each of these has one file that knows it, in frameworks/.
+CORE = ("attach", "clipper", "config", "stats", "model", "engine", "rules")
+CLASSES = re.compile(
+    r"\b(FSDP\w*|FullySharded\w*|\w*DTensor\w*|DistributedDataParallel|DeepSpeed\w+|PipelineEngine|DummyOptim"
+    r"|\w*Fabric\w*|Accelerated\w*|(BF|FP)16_\w+|Lightning\w+|DeviceMesh|Replicate|Shard)\b"
+)
 
 
 def run_python(*arguments: str, cwd: Path = ROOT, timeout: float = 200) -> str:
@@ -78,7 +81,7 @@ def test_wheel_holds_every_module_and_the_typing_marker(wheel: zipfile.ZipFile) 
     packaged = {name for name in wheel.namelist() if name.startswith("dist_agc/")}
     assert packaged >= {str(path.relative_to(ROOT)) for path in PACKAGE.rglob("*.py")} | {
         "dist_agc/py.typed",
-        "dist_agc/row_norms.cpp",
+        "dist_agc/engine/row_norms.cpp",
     }
 
 
@@ -130,24 +133,66 @@ def imported_by(path: Path) -> Iterator[str]:
             yield from (".".join([*base, *filter(None, [node.module]), alias.name]) for alias in node.names)
 
 
-def layer(name: str) -> str:
-    """The layer of a dotted name: a module or package directly in dist_agc, or dist_agc's own __init__."""
+def floor(name: str) -> str:
+    """The floor of a dotted name: a module or package directly in dist_agc, or dist_agc's own __init__."""
     part = [*name.split("."), ""][1]
     return part if (PACKAGE / part).is_dir() and part or (PACKAGE / f"{part}.py").is_file() else "dist_agc"
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=module_name)
-def test_lower_layers_never_import_higher_ones(path: Path) -> None:
-    own = layer(module_name(path))
-    assert own in LAYERS, f"a new module: give {own!r} its place in LAYERS"
+def test_lower_floors_never_import_higher_ones(path: Path) -> None:
+    own = floor(module_name(path))
+    assert own in FLOORS, f"a new module: give {own!r} its place in FLOORS"
     ours = [name for name in imported_by(path) if name.split(".")[0] == "dist_agc"]
-    higher = [n for n in ours if LAYERS.index(layer(n)) > LAYERS.index(own) and (own, n) not in UPWARD]
+    higher = [name for name in ours if FLOORS.index(floor(name)) > FLOORS.index(own)]
     assert not higher, f"{module_name(path)} imports from above: {higher}"
 
 
-@pytest.mark.parametrize("name", ["names", "config", "units", "row_norms", "norms"])
-def test_the_mathematics_knows_no_processes(name: str) -> None:
-    assert not [found for found in imported_by(PACKAGE / f"{name}.py") if "distributed" in found]
+def of_floors(floors: Sequence[str]) -> list[Path]:
+    return [path for path in sorted(PACKAGE.rglob("*.py")) if floor(module_name(path)) in floors]
+
+
+def words_of_code(path: Path) -> Iterator[str]:
+    """Names, attributes, imports and strings, without comments and docstrings."""
+    tree = ast.parse(path.read_text())
+    told = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}  # a string that stands alone
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name):
+            yield node.id
+        elif isinstance(node, ast.Attribute):
+            yield node.attr
+        elif isinstance(node, ast.alias):
+            yield node.name
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in told:
+            yield node.value
+
+
+@pytest.mark.parametrize("path", of_floors(CORE), ids=module_name)
+def test_the_core_names_no_class_of_a_framework(path: Path) -> None:
+    assert not [word for word in words_of_code(path) if CLASSES.search(word)]
+
+
+def test_the_classes_of_frameworks_are_known_by_name() -> None:
+    """Else the test above would look for the wrong words."""
+    words = {word for path in of_floors(["frameworks"]) for word in words_of_code(path)}
+    seen = {word for word in words if CLASSES.fullmatch(word)}
+    assert seen >= {"FullyShardedDataParallel", "FSDPModule", "DTensor", "DistributedDataParallel", "DeepSpeedEngine"}
+    from dist_agc import frameworks
+
+    wrapped = [name for framework in (*frameworks._asked(), frameworks._PLAIN) for name in framework.wrapped]
+    assert wrapped and all(CLASSES.fullmatch(name) for name in wrapped), wrapped
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "console").glob("*.py")), ids=module_name)
+def test_the_console_knows_nothing_of_clipping(path: Path) -> None:
+    ours = [name for name in imported_by(path) if name.split(".")[0] == "dist_agc"]
+    assert not [name for name in ours if not name.startswith("dist_agc.console.")]
+
+
+@pytest.mark.parametrize("path", of_floors(["config", "stats", "rules", "model", "engine"]), ids=module_name)
+def test_the_mathematics_knows_no_processes(path: Path) -> None:
+    if module_name(path) not in ("dist_agc.engine.collectives", "dist_agc.engine.agreement"):
+        assert not [found for found in imported_by(path) if "distributed" in found]
 
 
 # -------------------------------------------------------------------------------------------------------------- pages

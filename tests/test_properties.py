@@ -1,14 +1,13 @@
-"""Properties of units, fragments and plans at random: integers only, ranks simulated one after the other.
+"""Properties of units, blocks and plans at random: integers only, ranks simulated one after the other.
 
 The pieces of all ranks tile every unit exactly once; all ranks of an axis plan the same collectives in the same order,
-so that none can wait for one that never comes; and the stages complete every unit's sum and count it exactly once.
+so that none can wait for one that never comes; every unit's sum is completed, judged once, and counted exactly once.
 """
 
 import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -19,9 +18,11 @@ from torch import Tensor, nn
 
 import dist_agc
 import oracle
-from dist_agc.fragments import Axis, Block, Fragment, Pieces, chunk, interval, sharded, whole
-from dist_agc.plan import Plan
-from dist_agc.units import UnitRule
+from dist_agc.engine.plan import Plan
+from dist_agc.frameworks._flat import FlatInterval, Span
+from dist_agc.model.blocks import Axis, Pieces, chunk, interval, sharded, whole
+from dist_agc.model.units import UnitRule
+from ranks import Given, Rank, Sliced, check_complete, flattened, labels, mesh_axes, reduce_all, sent, unit_of_place
 
 COUNTS: Counter[str] = Counter()
 WANTED = {
@@ -30,6 +31,7 @@ WANTED = {
     "large worlds": 30,
     "flat ranks": 1000,
     "meshes": 1500,
+    "sliced and flattened": 1500,
     "values": 700,
 }
 
@@ -88,24 +90,6 @@ def rules(draw: st.DrawFn, largest: int = 5, max_ndim: int = 5) -> UnitRule:
     return UnitRule(shape, tuple(kept))
 
 
-def labels(rule: UnitRule) -> Tensor:
-    """The number of every element's unit, straight from the definition."""
-    numbers = torch.zeros(rule.shape, dtype=torch.int64)
-    for dim in rule.kept:
-        along = [1] * len(rule.shape)
-        along[dim] = rule.shape[dim]
-        numbers = numbers * rule.shape[dim] + torch.arange(rule.shape[dim]).view(along)
-    return numbers
-
-
-def unit_of_place(block: Block) -> Tensor:
-    """For every place of the block's view, the unit that the block says it belongs to."""
-    assert block.sizes is not None
-    kept = iter(block.kept)
-    shape = [1 if d in block.reduced else next(kept) for d in range(len(block.sizes))]
-    return (torch.arange(block.units).view(shape) + block.first_unit).expand(block.sizes)
-
-
 # ------------------------------------------------------------------------------------------- units and one interval
 
 
@@ -155,12 +139,12 @@ def check_tiling(rule: UnitRule, pieces: Sequence[Pieces], shard: int, before: i
         if held:
             holders[flat_labels[torch.cat(held)].unique()] += 1
     assert bool((covered == 1).all()), "every element belongs to exactly one piece"
-    split = torch.zeros(max(rule.count, 1), dtype=torch.bool)
-    for first, stop in pieces[0].splits[0].runs.tolist() if pieces[0].splits else ():
-        split[first:stop] = True
-    assert bool((split | (holders <= 1)).all()), "a unit on two ranks has no slot"
+    cut = torch.zeros(max(rule.count, 1), dtype=torch.bool)
+    for first, stop in pieces[0].cuts[0].runs.tolist() if pieces[0].cuts else ():
+        cut[first:stop] = True
+    assert bool((cut | (holders <= 1)).all()), "a unit on two ranks has no slot"
     if rule.canonical[1] == 1:
-        assert torch.equal(split, holders > 1), "a unit on one rank has a slot"
+        assert torch.equal(cut, holders > 1), "a unit on one rank has a slot"
 
 
 @examples("interval", rule=rules(), cut=flat_cuts())
@@ -187,92 +171,12 @@ def test_large_worlds_tile_and_plan_alike(rules: list[UnitRule], ranks: int) -> 
         before += math.prod(rule.shape)
     seen = set()
     for rank in {0, 1, ranks // 3, ranks // 2, ranks - 2, ranks - 1}:
-        plan = Plan([fragment(f"p{i}", rule, every[i][rank]) for i, rule in enumerate(rules)])
-        seen.add(tuple((s.axis.ranks, s.slots, s.owners, s.reported, s.numel()) for s in plan.stages))
+        plan = Plan([Given.of_pieces(f"p{i}", rule, every[i][rank]) for i, rule in enumerate(rules)], rules)
+        seen.add(tuple(sent(axis) for axis in plan.axes))
     assert len(seen) == 1, "ranks plan different collectives"
 
 
 # -------------------------------------------------------------------------------------------- ranks that reduce sums
-
-
-def fragment(name: str, rule: UnitRule | None, pieces: Pieces) -> Fragment:
-    return Fragment(name, rule, pieces, torch.empty(0), lambda tensor: tensor, 0)
-
-
-@dataclass
-class Rank:
-    """One rank's plan and what it knows: the sum of every local unit, and how many units it has counted."""
-
-    plan: Plan
-    sums: Tensor
-    final: Tensor
-    counted: Tensor
-    stage: int = 0
-
-    @classmethod
-    def of(cls, fragments: Sequence[Fragment], locals_: Sequence[Tensor]) -> "Rank":
-        plan = Plan(fragments)
-        sums = []
-        for i, (owner, block) in enumerate(zip(plan.owners, plan.blocks, strict=True)):
-            assert plan.offsets[i] == sum(len(s) for s in sums)
-            view = block.view(locals_[owner])
-            sums.append((view.sum(block.reduced) if block.reduced else view).reshape(-1))
-        local = torch.cat(sums) if sums else torch.zeros(0, dtype=torch.int64)
-        split = torch.zeros(len(local), dtype=torch.bool)
-        for stage in plan.stages:
-            split[stage.local] = True
-        counted = torch.zeros(len(plan.fragments), dtype=torch.int64)
-        for i, owner in enumerate(plan.owners):
-            counted[owner] += int((~split[plan.offsets[i] : plan.offsets[i + 1]]).sum())
-        return cls(plan, local, local.clone(), counted)
-
-
-def reduce_all(ranks: Sequence[Rank]) -> None:
-    """Run every rank's stages. A collective happens when all ranks of its axis have come to it; else it is a hang."""
-    while any(rank.stage < len(rank.plan.stages) for rank in ranks):
-        waiting = {i: r.plan.stages[r.stage] for i, r in enumerate(ranks) if r.stage < len(r.plan.stages)}
-        at = {rank: stage.axis.ranks for rank, stage in waiting.items()}
-        ready = next((ranks for ranks in at.values() if all(at.get(other) == ranks for other in ranks)), None)
-        assert ready is not None, f"hang: {[(i, s.axis.ranks) for i, s in waiting.items()]}"
-        stages = [waiting[i] for i in ready]
-        assert len({(s.numel(), s.slots, s.owners, s.reported) for s in stages}) == 1
-        total, counts = torch.zeros(stages[0].slots, dtype=torch.int64), 0
-        for i, stage in zip(ready, stages, strict=True):
-            total.index_add_(0, stage.slot, ranks[i].sums[stage.local])
-            counts = counts + ranks[i].counted[list(stage.reported)]
-        for i, stage in zip(ready, stages, strict=True):
-            rank = ranks[i]
-            rank.counted[list(stage.reported)] = counts
-            rank.final[stage.local] = total[stage.slot]
-            if len(stage.passing):
-                rank.sums[stage.local] = total[stage.slot]
-            here = torch.ones(stage.slots, dtype=torch.int64)
-            here[stage.passing] = 0
-            at = 0
-            for owner, slots in stage.owners:
-                rank.counted[owner] += here[at : at + slots].sum()
-                at += slots
-            rank.stage += 1
-
-
-def check_complete(
-    rank: Rank, rule_of: Sequence[UnitRule], local_labels: Sequence[Tensor], values: Sequence[Tensor]
-) -> None:
-    """Every local unit has the sum of the whole unit, and each parameter's units were counted once."""
-    for at, (owner, block) in enumerate(zip(rank.plan.owners, rank.plan.blocks, strict=True)):
-        rule = rule_of[owner]
-        total = torch.zeros(max(rule.count, 1), dtype=torch.int64)
-        total.index_add_(0, labels(rule).flatten(), values[owner].flatten())
-        view = block.view(local_labels[owner])
-        if view.numel() == 0:
-            continue
-        reduced = block.reduced
-        unit = view.amin(reduced) if reduced else view
-        assert torch.equal(unit, view.amax(reduced) if reduced else view), "a block mixes units"
-        final = rank.final[rank.plan.offsets[at] : rank.plan.offsets[at + 1]]
-        assert torch.equal(final, total[unit.reshape(-1)])
-    for rule, counted in zip(rule_of, rank.counted.tolist(), strict=True):
-        assert counted == rule.count or rule.count == 0, "a tensor without elements has nothing to clip"
 
 
 @examples(
@@ -297,7 +201,10 @@ def test_flat_shards_reduce_every_unit_and_count_it_once(rule_of: list[UnitRule]
     for rank in range(ranks):
         part = slice(shard * rank, shard * (rank + 1))
         world.append(
-            Rank.of([fragment(f"p{i}", r, pieces[i][rank]) for i, r in enumerate(rule_of)], [flat[part]] * len(rule_of))
+            Rank.of(
+                [Given.of_pieces(f"p{i}", r, pieces[i][rank]) for i, r in enumerate(rule_of)],
+                [flat[part]] * len(rule_of),
+            )
         )
         mine.append([marks[part]] * len(rule_of))
     reduce_all(world)
@@ -317,16 +224,6 @@ def meshes(draw: st.DrawFn) -> tuple[tuple[int, ...], list[tuple[UnitRule, tuple
     return mesh, parameters
 
 
-def mesh_axes(mesh: tuple[int, ...], rank: int) -> list[Axis]:
-    grid = torch.arange(math.prod(mesh)).view(mesh)
-    place = [int(c) for c in (grid == rank).nonzero()[0]]
-    axes = []
-    for axis in range(len(mesh)):
-        ranks = tuple(int(r) for r in grid[tuple(slice(None) if a == axis else place[a] for a in range(len(mesh)))])
-        axes.append(Axis(ranks, place[axis]))
-    return axes
-
-
 @examples("meshes", case=meshes(), seed=st.integers(0, 999))
 def test_meshes_reduce_every_unit_and_count_it_once(case: Any, seed: int) -> None:
     mesh, parameters = case
@@ -335,7 +232,7 @@ def test_meshes_reduce_every_unit_and_count_it_once(case: Any, seed: int) -> Non
     values = [torch.randint(1, 1000, rule.shape, generator=generator) for rule in rule_of]
     world, mine = [], []
     for rank in range(math.prod(mesh)):
-        axes, fragments, local_values, local_labels = mesh_axes(mesh, rank), [], [], []
+        axes, parameters_here, local_values, local_labels = mesh_axes(mesh, rank), [], [], []
         for i, (rule, dims) in enumerate(parameters):
             held, marks, cuts = values[i], labels(rule), []
             for axis, dim in zip(axes, dims, strict=True):  # outermost first, as DTensor shards
@@ -344,14 +241,80 @@ def test_meshes_reduce_every_unit_and_count_it_once(case: Any, seed: int) -> Non
                     held, marks = held.narrow(dim, start, stop - start), marks.narrow(dim, start, stop - start)
                     cuts.append((axis, dim))
             pieces = sharded(rule, held.shape, cuts[::-1]) if cuts else whole(rule)
-            fragments.append(fragment(f"p{i}", rule, pieces))
+            parameters_here.append(Given.of_pieces(f"p{i}", rule, pieces))
             local_values.append(held)
             local_labels.append(marks)
-        world.append(Rank.of(fragments, local_values))
+        world.append(Rank.of(parameters_here, local_values))
         mine.append(local_labels)
     reduce_all(world)
     for rank, known in zip(world, mine, strict=True):
         check_complete(rank, rule_of, known, values)
+
+
+# ------------------------------------------------------------------- sliced along mesh axes, then flattened and cut
+
+
+@st.composite
+def sliced(draw: st.DrawFn) -> tuple[tuple[int, ...], list[Sliced], bool]:
+    """(mesh, parameters, whether each is cut by itself, as ZeRO 3 does, or beside the others, as ZeRO 1 and FSDP1)"""
+    mesh = draw(st.sampled_from([(1, 2), (2, 1), (2, 2), (3, 2), (2, 3), (4, 2), (2, 2, 2), (3, 2, 2), (2, 1, 3)]))
+    parameters = []
+    for _ in range(draw(st.integers(1, 4))):
+        rule = draw(rules(largest=4, max_ndim=4))
+        dims = st.none() | st.integers(0, len(rule.shape) - 1) if rule.shape and not rule.grouped else st.none()
+        along = tuple(draw(dims) for _ in mesh[1:])
+        shape = list(rule.shape)
+        for size, dim in zip(mesh[1:], along, strict=True):
+            if dim is not None:
+                shape[dim] *= size
+        parameters.append(Sliced(UnitRule(tuple(shape), rule.kept, rule.grouped), along))
+    return mesh, parameters, draw(st.booleans())
+
+
+@examples("sliced and flattened", case=sliced(), seed=st.integers(0, 999))
+def test_slices_that_are_flattened_reduce_every_unit_and_count_it_once(case: Any, seed: int) -> None:
+    """Tensor parallelism under ZeRO: columnwise, rowwise and copied parameters side by side, cut anywhere in a row."""
+    mesh, parameters, alone = case
+    generator = torch.Generator().manual_seed(seed)
+    rule_of = [p.rule for p in parameters]
+    values = [torch.randint(1, 1000, rule.shape, generator=generator) for rule in rule_of]
+    marks = [labels(rule).view(rule.shape) for rule in rule_of]
+    world, mine = [], []
+    for rank in range(math.prod(mesh)):
+        found, (flat, known) = flattened(mesh, parameters, rank, (values, marks), alone=alone)
+        world.append(Rank.of(found, [flat] * len(found)))
+        mine.append([known] * len(found))
+    reduce_all(world)
+    for rank, known in zip(world, mine, strict=True):
+        check_complete(rank, rule_of, known, values)
+
+
+def test_collectives_of_columnwise_and_rowwise_parameters() -> None:
+    """A rowwise one is whole along the tensor-parallel axis before rows that ranks of the other cut can be completed;
+    a columnwise one is counted along it only after that. So the axis has a second, short collective for the counts."""
+    column, row = Sliced(UnitRule((6, 5), (0,)), (0,)), Sliced(UnitRule((5, 6), (0,)), (1,))
+    copied = Sliced(UnitRule((7,), ()), (None,))
+    wanted = {  # (ranks, slots, parameters that are counted)
+        "column": [((0, 2), 1, 1), ((0, 1), 0, 1)],
+        "row": [((0, 1), 3, 0), ((0, 2), 1, 1)],
+        "copied": [((0, 2), 1, 1)],
+        "column row copied": [((0, 1), 3, 0), ((0, 2), 3, 3), ((0, 1), 0, 1)],
+    }
+    for names, axes in wanted.items():
+        parameters = [{"column": column, "row": row, "copied": copied}[name] for name in names.split()]
+        found, _ = flattened((2, 2), parameters, 0, ([torch.zeros(p.rule.shape) for p in parameters],), alone=True)
+        plan = Plan(found, [p.default for p in found])
+        assert [(tuple(a.axis.ranks), a.slots, len(a.reported)) for a in plan.axes] == axes, names
+
+
+def test_a_grouped_weight_cannot_be_sliced_and_flattened() -> None:
+    shape = (4, 3, 2)
+    parameter = FlatInterval(
+        names=("up",), tensor=torch.empty(0), shape=shape, default=UnitRule((2, 2, 3, 2), (0, 2), grouped=True),
+        span=Span(), across=((Axis((0, 1), 0), 1),), sliced=(4, 3, 1),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="'up': a grouped ConvTranspose weight is sliced"):
+        parameter.pieces(parameter.default)
 
 
 # --------------------------------------------------------------------------------------------------- values, one rank

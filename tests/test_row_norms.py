@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import dist_agc
 import helpers
 import oracle
-from dist_agc import row_norms
+from dist_agc.engine import row_norms
 
 LAYERS: dict[str, Callable[[], nn.Module]] = {
     "linear": lambda: nn.Linear(2000, 90),

@@ -1,7 +1,8 @@
 """The whole of clip() on the ranks of a made-up world: one thread a rank, real values, the real reductions.
 
-Every layout that `dist_agc.layouts.virtual` knows places the parameters. What is not real is the process group: threads
-that meet add up their buffers. A rank that comes to another collective than the others, or to none, is an error.
+Every layout that `dist_agc.frameworks.virtual` knows places the parameters. What is not real is the process group:
+threads that meet add up their buffers. A rank that comes to another collective than the others, or to none, is an
+error.
 """
 
 import math
@@ -9,7 +10,6 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import pytest
 import torch
@@ -18,10 +18,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import oracle
-from dist_agc import AGCConfig, Clipper, ClipStats, vectors
-from dist_agc.fragments import Axis
-from dist_agc.layouts import Placed, virtual
-from dist_agc.layouts.zero import FlatPartition
+from dist_agc import AGCConfig, Clipper, ClipStats
+from dist_agc.engine import execution
+from dist_agc.frameworks import virtual
+from dist_agc.frameworks._flat import FlatInterval
+from dist_agc.model.blocks import Axis
+from dist_agc.model.parameter import Parameter
 
 EXAMPLES = 1500
 THRESHOLD = 1.0
@@ -171,61 +173,58 @@ class Model(nn.Module):
 class Held:
     """What a rank holds of one parameter: the numbers of its elements, and the tensors that have them."""
 
-    name: str
     element: Tensor
-    placed: Placed
+    parameter: Parameter
+
+    @property
+    def name(self) -> str:
+        return self.parameter.name
 
     def gradient(self) -> Tensor | None:
-        layout = self.placed.layout
-        grad = layout.holder.grad
-        if grad is None:
-            return None
-        if isinstance(layout, FlatPartition):
-            part = layout.part
-            return grad[part.offset : part.offset + part.stop - part.start]
-        return layout.local(grad).reshape(-1)
+        grad = self.parameter.gradient()
+        if grad is None or not isinstance(self.parameter, FlatInterval):
+            return None if grad is None else grad.reshape(-1)
+        span = self.parameter.span
+        return grad[span.offset : span.offset + span.numel]
 
 
-def elements(entry: Placed) -> Tensor:
-    """The numbers of the elements of the parameter that a rank holds."""
-    whole, layout = entry.named.parameter, entry.layout
-    numbers = torch.arange(whole.numel())
-    if isinstance(layout, FlatPartition):
-        return numbers[layout.part.start : layout.part.stop]
-    return layout.local(numbers.view(whole.shape)).reshape(-1)
+def elements(parameter: Parameter) -> Tensor:
+    """The numbers of the elements of the parameter that a rank holds; its tensor is the whole one."""
+    numbers = torch.arange(parameter.numel)
+    if isinstance(parameter, FlatInterval):
+        return numbers[parameter.span.start : parameter.span.stop]
+    return parameter.local(numbers.view(parameter.shape)).reshape(-1)
 
 
 def place(case: Case, model: Model, rank: int) -> list[Held]:
     """This rank's own copy of what it holds. Flat partitions have nan wherever no parameter lies."""
     sizes = {"hsdp": {"shard": case.part}, "tp+fsdp2": {"tensor": case.part}}.get(case.layout, {})
-    placed, last = (
-        virtual.place(model, case.layout, virtual.World(case.world, of, **sizes)) for of in (rank, case.world - 1)
+    mine, last = (
+        virtual.parameters(model, case.layout, virtual.World(case.world, of, **sizes)) for of in (rank, case.world - 1)
     )
-    flats = [p.layout for p in placed if isinstance(p.layout, FlatPartition)]
-    end = max((f.part.offset + f.part.stop - f.part.start for f in flats), default=0) + 3
-    one = nn.Parameter(torch.full((end,), math.nan, dtype=case.dtype))
+    spans = [p.span for p in mine if isinstance(p, FlatInterval)]
+    one = nn.Parameter(
+        torch.full((max((s.offset + s.numel for s in spans), default=0) + 3,), math.nan, dtype=case.dtype)
+    )
     one.grad = torch.full_like(one, math.nan)
     held = []
-    for entry, of_last in zip(placed, last, strict=True):
-        whole, layout, numbers = entry.named.parameter, entry.layout, elements(entry)
+    for parameter, of_last in zip(mine, last, strict=True):
+        whole, numbers = parameter.tensor, elements(parameter)
         # The last rank has no gradient, and with it all that hold the same.
-        missing = model.drawn[entry.named.name].pattern == "none on one rank" and torch.equal(
-            numbers, elements(of_last)
-        )
+        missing = model.drawn[parameter.name].pattern == "none on one rank" and torch.equal(numbers, elements(of_last))
         grad = None if whole.grad is None or missing else whole.grad
-        holder = one
-        if case.layout in ZERO and isinstance(layout, FlatPartition):
-            mine = slice(layout.part.offset, layout.part.offset + len(numbers))
-            one.data[mine] = whole.detach().flatten()[numbers]
-            one.grad[mine] = 0 if grad is None else grad.flatten()[numbers]
+        tensor = one
+        if case.layout in ZERO and isinstance(parameter, FlatInterval):
+            inside = slice(parameter.span.offset, parameter.span.offset + len(numbers))
+            one.data[inside] = whole.detach().flatten()[numbers]
+            one.grad[inside] = 0 if grad is None else grad.flatten()[numbers]
         elif case.layout in FLAT:
-            holder = nn.Parameter(whole.detach().flatten()[numbers])
-            holder.grad = None if grad is None else grad.flatten()[numbers]
+            tensor = nn.Parameter(whole.detach().flatten()[numbers])
+            tensor.grad = None if grad is None else grad.flatten()[numbers]
         else:
-            holder = nn.Parameter(whole.detach().clone())
-            holder.grad = None if grad is None else grad.clone()
-        own: Any = replace(layout, holder=holder)  # type: ignore[type-var]
-        held.append(Held(entry.named.name, numbers, replace(entry, layout=own)))
+            tensor = nn.Parameter(whole.detach().clone())
+            tensor.grad = None if grad is None else grad.clone()
+        held.append(Held(numbers, replace(parameter, tensor=tensor)))
     return held
 
 
@@ -266,7 +265,7 @@ def check(case: Case, threads: ThreadPoolExecutor, seen: dict[str, int]) -> None
     want = expected(case, model, ranks, exclude)
     before = [[None if (g := h.gradient()) is None else g.clone() for h in held] for held in ranks]
     meeting = Meeting()
-    threads_of_world = [threads.submit(clip, [h.placed for h in held], config, meeting) for held in ranks]
+    threads_of_world = [threads.submit(clip, [h.parameter for h in held], config, meeting) for held in ranks]
     ends = [future.result(timeout=30) for future in threads_of_world]
     raises = case.on_nonfinite == "raise" and want.nonfinite_units > 0
     assert all(isinstance(end, FloatingPointError) == raises for end in ends), ends
@@ -295,17 +294,17 @@ def check(case: Case, threads: ThreadPoolExecutor, seen: dict[str, int]) -> None
                 assert int(end.per_parameter[name].clipped_units) == of.clipped_units, name
         else:
             assert raises or (end is None and not case.statistics)
-    flat = next((h.placed.layout.holder for held in ranks for h in held if case.layout in ZERO), None)
+    flat = next((h.parameter.tensor for held in ranks for h in held if case.layout in ZERO), None)
     assert flat is None or (flat.grad is not None and bool(flat.grad[-3:].isnan().all())), "padding was written"
     seen["units"] = seen.get("units", 0) + want.units
     seen["clipped"] = seen.get("clipped", 0) + want.clipped_units
     seen[case.layout] = seen.get(case.layout, 0) + 1
 
 
-def clip(placed: Sequence[Placed], config: AGCConfig, meeting: Meeting) -> ClipStats | FloatingPointError | None:
+def clip(parameters: Sequence[Parameter], config: AGCConfig, meeting: Meeting) -> ClipStats | FloatingPointError | None:
     _here.meeting = meeting
     try:
-        return Clipper.of_placed(placed, config).clip()
+        return Clipper.of(parameters, config).clip()
     except FloatingPointError as error:
         return error
 
@@ -314,7 +313,7 @@ _here = threading.local()
 
 
 def test_every_layout_gives_the_oracles_gradients(threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vectors, "all_reduce", lambda buffer, axis: _here.meeting.all_reduce(buffer, axis))
+    monkeypatch.setattr(execution, "all_reduce", lambda buffer, axis: _here.meeting.all_reduce(buffer, axis))
     seen: dict[str, int] = {}
 
     @settings(

@@ -16,7 +16,7 @@ import dist_agc
 import helpers
 import models
 import oracle
-from dist_agc.layouts import make_fragments
+from dist_agc.engine import execution
 
 STEPS = 4
 LR = 0.1
@@ -440,7 +440,8 @@ class TestUntouched:
         assert helpers.storages(model) == where
         assert all(p.grad is g for p, g in zip(model.parameters(), grads, strict=True))
 
-    def test_excluded_frozen_and_gradientless_parameters(self) -> None:
+    def test_excluded_and_gradientless_parameters(self) -> None:
+        """What has a gradient is clipped even where it is frozen, since an optimizer would step it."""
         model = models.awkward()
         backward(model)
         model.frozen.weight.grad = torch.full_like(model.frozen.weight, 7.0)  # left over from before it was frozen
@@ -448,7 +449,7 @@ class TestUntouched:
         weights = [p.detach().clone() for p in model.parameters()]
         stats = helpers.agc(model, 1e-4, exclude=("conv.*", "*.bias"))
         for name, parameter in model.named_parameters():
-            if name.startswith(("conv.", "frozen")) or name.endswith("bias"):
+            if name.startswith("conv.") or name.endswith("bias"):
                 assert raw[name] is None or torch.equal(parameter.grad, raw[name]), name  # type: ignore[arg-type]
             elif name.startswith("dead"):
                 assert parameter.grad is None
@@ -456,11 +457,20 @@ class TestUntouched:
                 assert not torch.equal(parameter.grad, raw[name]), name  # type: ignore[arg-type]
         assert all(torch.equal(p, w) for p, w in zip(model.parameters(), weights, strict=True))
         assert set(stats.per_parameter) == {
-            name
-            for name, p in model.named_parameters()
-            if p.requires_grad and not name.startswith("conv.") and not name.endswith("bias")
+            name for name, p in model.named_parameters() if not name.startswith("conv.") and not name.endswith("bias")
         }
-        assert stats.units == 11 + 10 + 1 + 3 + 7 + 2 + 1 + 8 + 5
+        assert "frozen.weight" in stats.per_parameter
+        assert stats.units == 11 + 10 + 1 + 3 + 7 + 7 + 2 + 1 + 8 + 5
+        norm = torch.linalg.vector_norm(model.frozen.weight.grad, dim=1)
+        limit = 1e-4 * torch.linalg.vector_norm(model.frozen.weight, dim=1).clamp(min=1e-3)
+        torch.testing.assert_close(norm, limit, rtol=1e-5, atol=0)
+
+    def test_frozen_parameters_without_a_gradient_are_left_out(self) -> None:
+        model = models.awkward()
+        backward(model)
+        stats = helpers.agc(model, 1e-4)
+        assert model.frozen.weight.grad is None
+        assert set(stats.per_parameter) == {name for name, p in model.named_parameters() if p.requires_grad}
 
     def test_exclusion_is_by_name_not_by_order(self) -> None:
         """timm leaves out the last two parameters; here the head is defined first."""
@@ -666,8 +676,8 @@ class TestModels:
                 helpers.assert_clipped(model, helpers.agc(model, threshold, exclude=exclude), expected)
 
     def test_a_scheduled_threshold_plans_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        made = []
-        monkeypatch.setattr(dist_agc.clipper, "make_fragments", lambda *a: made.append(1) or make_fragments(*a))
+        made, plan = [], execution.Plan
+        monkeypatch.setattr(execution, "Plan", lambda *a: made.append(1) or plan(*a))
         model = models.awkward()
         for step in range(4):
             model.zero_grad()

@@ -7,24 +7,18 @@ for; what is heavy in it is imported inside its functions.
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
-from importlib.util import find_spec
 
-COMMANDS = ("demo", "check", "report", "advise", "bench", "plan", "study")
+from ..console import SETTINGS, application, require
+
+# By name, the module. The demo has a room of its own: it needs tasks to train, the others take a user's model.
+COMMANDS = {"demo": "..lab.demo"} | {name: f".{name}" for name in ("check", "report", "advise", "bench", "plan")}
 
 
 def main() -> None:
     """Entry point of `dist-agc`."""
     require("cli", "typer", "rich")
     build()(prog_name="dist-agc")
-
-
-def require(extra: str, *modules: str) -> None:
-    """Leave with the right pip command where an optional dependency of a command is not installed."""
-    missing = [name for name in modules if find_spec(name) is None]
-    if missing:
-        sys.exit(f"dist-agc needs {' and '.join(missing)} for this: pip install 'dist-agc[{extra}]'")
 
 
 def build():
@@ -39,21 +33,13 @@ def build():
         def get_command(self, ctx, cmd_name):
             if cmd_name not in COMMANDS:
                 return None
-            single = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
-            single.command(cmd_name)(import_module(f"{__name__}.{cmd_name}").command)
-            return typer.main.get_command(single)
+            command = import_module(COMMANDS[cmd_name], __name__).command
+            return typer.main.get_command(application(cmd_name, command))
 
-    app = typer.Typer(
-        cls=Commands,
-        no_args_is_help=True,
-        add_completion=False,
-        rich_markup_mode="rich",
-        pretty_exceptions_enable=False,
-        context_settings={"help_option_names": ["-h", "--help"]},
-    )
+    app = typer.Typer(cls=Commands, no_args_is_help=True, **SETTINGS)
 
+    @app.callback()
     def dist_agc() -> None:
         """Adaptive Gradient Clipping for sharded PyTorch models. Start here: [bold]dist-agc demo[/bold]"""
 
-    app.callback()(dist_agc)
     return app

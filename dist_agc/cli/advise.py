@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from . import require
+from ..console import require
 from .runs import Counted, Run, read
 
 if TYPE_CHECKING:

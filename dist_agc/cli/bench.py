@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from . import launch, require
+from ..console import launch, require
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from .timing import Method
+    from ..lab.timing import Method
 
 LAYOUTS = ("plain", "ddp", "fsdp1", "fsdp2", "hsdp", "tp+fsdp2", "zero1", "zero2", "zero3")
 
@@ -68,8 +68,9 @@ def command(
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else every start of torch's profiler says so on stderr
     import torch
 
-    from .. import row_norms
-    from . import charts, display
+    from ..console import display
+    from ..engine import row_norms
+    from ..lab import charts
 
     if cpu_kernel:
         try:
@@ -106,7 +107,8 @@ def command(
 
 def _run(model: str, layout: str, share: float, rounds: int, cpu_kernel: bool, console: Console) -> list[Method]:
     from ..config import AGCConfig
-    from . import contenders, display, shapes, synthetic, timing
+    from ..console import display
+    from ..lab import contenders, shapes, synthetic, timing
 
     config = AGCConfig(clipping_threshold=0.01, units=shapes.UNITS.get(model))
     try:
@@ -130,7 +132,7 @@ def _run(model: str, layout: str, share: float, rounds: int, cpu_kernel: bool, c
 
 
 def _record(method: Method, found: list[Method]) -> dict[str, Any]:
-    from .contenders import FLOOR
+    from ..lab.contenders import FLOOR
 
     if method.call is None:
         return {"method": method.name, "unavailable": method.reason}
@@ -140,33 +142,26 @@ def _record(method: Method, found: list[Method]) -> dict[str, Any]:
 
 
 def _print(results: dict[float, list[Method]], title: str, machine: str, path: Path, console: Console) -> None:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
+    from .tables import table
 
+    # By heading: what it is called in a record, its unit, and how it is written.
+    columns = {
+        "ms": ("ms", 1, ".2f"),
+        "/ norm": ("to_norm_clip", 1, ".2f"),
+        "/ floor": ("to_floor", 1, ".2f"),
+        "ops": ("operations", 1, ",.0f"),
+        "sends": ("collectives", 1, ".0f"),
+        "kB": ("bytes", 1e3, ",.1f"),
+        "MB": ("peak_extra_bytes", 1e6, ".2f"),
+    }
     console.print(f"[bold]{title}[/bold]\n[dim]{machine}[/dim]")
     for share, found in results.items():
-        table = Table(
-            title=f"{share:.0%} of units clipped", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
-        )
-        table.add_column("", no_wrap=True)
-        for heading in ("ms", "/ norm", "/ floor", "ops", "sends", "kB", "MB"):
-            table.add_column(heading, justify="right")
+        rows = []
         for method in found:
             record = _record(method, found)
-            cells = (
-                f"{record[name] / unit:{form}}" if name in record else "–"
-                for name, unit, form in (
-                    ("ms", 1, ".2f"),
-                    ("to_norm_clip", 1, ".2f"),
-                    ("to_floor", 1, ".2f"),
-                    ("operations", 1, ",.0f"),
-                    ("collectives", 1, ".0f"),
-                    ("bytes", 1e3, ",.1f"),
-                    ("peak_extra_bytes", 1e6, ".2f"),
-                )
-            )
-            table.add_row(method.name, *cells)
-        console.print(table)
+            cells = [f"{record[n] / unit:{form}}" if n in record else "–" for n, unit, form in columns.values()]
+            rows.append([method.name, *cells])
+        console.print(table(f"{share:.0%} of units clipped", ["", *columns], rows))
     for method in next(iter(results.values())):
         if method.call is None:
             console.print(f"[dim]{method.name}: {method.reason}[/dim]")
@@ -181,8 +176,8 @@ def _print(results: dict[float, list[Method]], title: str, machine: str, path: P
 
 
 def _growth(path: Path, scale: float, as_json: bool, console: Console) -> None:
-    from . import charts
-    from .growing import curves
+    from ..lab import charts
+    from ..lab.growing import curves
 
     found = curves(scale)
     charts.growth(found, path)

@@ -2,37 +2,19 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from . import launch
+from ..console import launch
 
 if TYPE_CHECKING:
     from ..conformance import Row
-
-
-def _factory(spec: str | None) -> Callable[[], Any] | None:
-    """The object that ``package.module:factory`` names, found from the current folder too."""
-    if spec is None:
-        return None
-    module, colon, name = spec.partition(":")
-    if not (module and colon and name):
-        raise typer.BadParameter(f"{spec!r}: expected package.module:factory.", param_hint="--model")
-    sys.path.insert(0, os.getcwd())
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise typer.BadParameter(f"{spec!r}: {error}.", param_hint="--model") from None
-    if not callable(found):
-        raise typer.BadParameter(f"{spec!r} cannot be called.", param_hint="--model")
-    return found
 
 
 def _units(given: Sequence[str]) -> dict[str, tuple[int, ...]] | None:
@@ -88,34 +70,34 @@ def command(
     [dim]dist-agc check --nproc 4[/dim]. The exit code is 1 if any layout fails.
     """
     from .. import AGCConfig, conformance
+    from ..lab import shapes
 
     try:
         config = AGCConfig(exclude=tuple(exclude or ()), units=_units(units or ()))
-        conformance.cases(layout or ())
+        conformance.cases(layout or (), own_model=model is not None)
     except (TypeError, ValueError) as error:
         raise typer.BadParameter(str(error)) from None
     here = launch.place()
     if here is None:
         raise typer.Exit(launch.torchrun(sys.argv[1:], nproc))
-    factory = _factory(model)
+    try:
+        factory = None if model is None else shapes.named(model)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--model") from None
 
     def progress(name: str) -> None:
         if here.rank == 0:
             print(f"checking {name} ...", file=sys.stderr, flush=True)
 
     with _group(here):
-        try:
-            rows = conformance.run(
-                layout or (),
-                factory=factory,
-                config=config,
-                shard_unaware=shard_unaware,
-                progress=progress,
-            )
-        except ValueError as error:
-            raise typer.BadParameter(str(error)) from None
-        if here.rank == 0:
-            print(_json(rows)) if as_json else _table(rows, here)
+        rows = conformance.run(
+            layout or (),
+            factory=factory,
+            config=config,
+            shard_unaware=shard_unaware,
+            progress=progress,
+            report=lambda rows: print(_json(rows)) if as_json else _table(rows, here),
+        )
         failed = any(row.failed for row in rows) or all(row.verdict == "skipped" for row in rows)
     raise typer.Exit(int(failed))
 
@@ -157,38 +139,30 @@ def _json(rows: Sequence[Row]) -> str:
 
 def _table(rows: Sequence[Row], here: launch.Place) -> None:
     import torch
-    from rich.box import SIMPLE_HEAD
     from rich.markup import escape
-    from rich.table import Table
 
-    from . import display
+    from ..console import display
+    from .tables import table
 
     console = display.console(here)
     if not console.is_terminal:
         console.width = 120
-    heading = f"{here.size} rank{'s' if here.size > 1 else ''}, torch {torch.__version__}"
-    table = Table(title=heading, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("layout", no_wrap=True)
-    for name in ("error", "units", "clipped", "split", "sends", "bytes"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("verdict", no_wrap=True)
-    beside = any(row.shard_unaware for row in rows)
-    if beside:
-        table.add_column("shard-unaware", overflow="fold")
-    colours = {"ok": "green", "skipped": "dim"}
-    notes = []
+    beside = ["shard-unaware"] if any(row.shard_unaware for row in rows) else []
+    cells, notes = [], []
     for row in rows:
-        colour = colours.get(row.verdict, "red")
+        colour = {"ok": "green", "skipped": "dim"}.get(row.verdict, "red")
         numbers = (row.units, row.clipped_units, row.split_units, row.collectives, row.bytes)
         ran = row.verdict in ("ok", "wrong", "vacuous")
-        cells = [f"{row.error:.1e}", *map(str, numbers)] if ran else [""] * 6
         short, _, long = row.shard_unaware.partition(": ")
-        table.add_row(row.layout, *cells, f"[{colour}]{row.verdict}[/{colour}]", *[short] * beside)
+        measured = [f"{row.error:.1e}", *map(str, numbers)] if ran else [""] * 6
+        cells.append([row.layout, *measured, f"[{colour}]{row.verdict}[/{colour}]", *[short for _ in beside]])
         if row.note:
             notes.append(f"[{colour}]{row.layout}[/{colour}]: {escape(row.note)}")
         if long:
             notes.append(f"{row.layout}, shard-unaware: {escape(long.partition('. ')[0])}")
-    console.print(table)
+    heading = f"{here.size} rank{'s' if here.size > 1 else ''}, torch {torch.__version__}"
+    columns = ["layout", "error", "units", "clipped", "split", "sends", "bytes", "verdict", *beside]
+    console.print(table(heading, columns, cells, left=["verdict", *beside]))
     for note in notes:
         console.print(note, soft_wrap=True)
     if beside:

@@ -8,14 +8,13 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING
 
+from ..console.plots import COLOURS, FAINT, dress, figure, log_axis, percent_axis
+from .runs import PER_PARAMETER, Run
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-from .runs import PER_PARAMETER, Run
-
-COLOURS = ("#1f6f8b", "#c8553d", "#6b8e23", "#7a5195")
-INK, FAINT, GRID = "#2b2b2b", "#6a6a6a", "#e6e6e6"
 POINTS, COLUMNS, ROWS = 400, 200, 60  # drawn at most
 
 
@@ -25,22 +24,19 @@ def lines(runs: Sequence[Run], key: str, *, percent: bool = False, log: bool = F
     series = [(i, [(x, y) for x, y in points if not log or y > 0]) for i, points in series]
     if not any(points for _, points in series):
         return None
-    figure, axes = _figure(3.6, 2.1)
+    made, axes = _panel(3.6, 2.1, "step")
     for i, points in series:
         if points:
             colour = COLOURS[i % len(COLOURS)]
             steps, mean, low, high = _thinned(points)
             axes.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
             axes.plot(steps, mean, color=colour, linewidth=1.3, marker="." if len(steps) < 3 else "")
-    _finish(axes, "step")
+    values = [y for _, points in series for _, y in points]
     if log:
-        axes.set_yscale("log")
+        log_axis(axes, "y", values)
     if percent:
-        from matplotlib.ticker import PercentFormatter
-
-        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-        axes.set_ylim(0, min(1.03, max(0.05, 1.2 * max(y for _, points in series for _, y in points))))
-    return _svg(figure)
+        percent_axis(axes, values)
+    return _svg(made)
 
 
 def heat_map(run: Run) -> str | None:
@@ -59,7 +55,7 @@ def heat_map(run: Run) -> str | None:
         [fmean(v) if (v := [series[n][s] for s in steps[g] if s in series[n]]) else math.nan for g in groups]
         for n in names
     ]
-    figure, axes = _figure(3.6, 0.7 + 0.13 * len(names))
+    made, axes = _panel(3.6, 0.7 + 0.13 * len(names), "step")
     half = (steps[-1] - steps[0]) / max(1, len(groups) - 1) / 2 or 0.5
     image = axes.imshow(
         cells,
@@ -71,12 +67,11 @@ def heat_map(run: Run) -> str | None:
         extent=(steps[0] - half, steps[-1] + half, len(names) - 0.5, -0.5),
     )
     axes.set_yticks(range(len(names)), [shortened(name, 22) for name in names], fontsize=7)
-    _finish(axes, "step")
     axes.grid(False)
-    bar = figure.colorbar(image, ax=axes, ticks=[0, 0.5, 1], fraction=0.05, pad=0.02, format="{x:.0%}")
+    bar = made.colorbar(image, ax=axes, ticks=[0, 0.5, 1], fraction=0.05, pad=0.02, format="{x:.0%}")
     bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
     bar.ax.tick_params(labelsize=7, colors=FAINT)
-    return _svg(figure)
+    return _svg(made)
 
 
 def histogram(runs: Sequence[Run]) -> str | None:
@@ -85,7 +80,7 @@ def histogram(runs: Sequence[Run]) -> str | None:
     counts = [entry for entry in counts if entry[2].parameters]
     if not counts:
         return None
-    figure, axes = _figure(3.6, 2.1)
+    made, axes = _panel(3.6, 2.1, "gradient norm / weight norm (outermost bars: all beyond)")
     for i, run, counted in counts:
         totals, thresholds = counted.totals(), counted.thresholds
         between = [(a - b) / totals[0] for a, b in zip(totals, [*totals[1:], 0], strict=True)]
@@ -105,11 +100,8 @@ def histogram(runs: Sequence[Run]) -> str | None:
                 color=COLOURS[i % len(COLOURS)],
             )
     axes.set_xscale("log")
-    _finish(axes, "gradient norm / weight norm (outermost bars: all beyond)")
-    from matplotlib.ticker import PercentFormatter
-
-    axes.yaxis.set_major_formatter(PercentFormatter(1))
-    return _svg(figure)
+    percent_axis(axes, decimals=None)
+    return _svg(made)
 
 
 def shortened(name: str, length: int) -> str:
@@ -119,24 +111,11 @@ def shortened(name: str, length: int) -> str:
     return f"{name[: length // 2 - 1]}…{name[len(name) - length + length // 2 :]}"
 
 
-def _figure(width: float, height: float) -> tuple[Figure, Axes]:
-    # Not pyplot: no window system is asked for, and no state is left behind.
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.add_subplot()
-
-
-def _finish(axes: Axes, label: str) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(FAINT)
-    axes.grid(axis="y", color=GRID, linewidth=0.7)
-    axes.set_axisbelow(True)
-    axes.tick_params(which="both", colors=FAINT)
-    axes.tick_params(axis="x", labelsize=8)
-    if axes.get_yticklabels() and not axes.images:
-        axes.tick_params(axis="y", labelsize=8)
-    axes.set_xlabel(label, fontsize=8, color=FAINT)
+def _panel(width: float, height: float, label: str) -> tuple[Figure, Axes]:
+    made = figure(width, height)
+    axes = made.add_subplot()
+    dress(axes, x=label, size=8)
+    return made, axes
 
 
 def _groups(count: int, most: int) -> list[slice]:
@@ -153,15 +132,13 @@ def _thinned(points: list[tuple[float, float]]) -> tuple[list[float], list[float
     return steps, [fmean(v) for v in values], [min(v) for v in values], [max(v) for v in values]
 
 
-def _svg(figure: Figure) -> str:
+def _svg(made: Figure) -> str:
     import matplotlib
 
     out = io.StringIO()
     # Text stays text: it can be searched, read aloud and is set in the reader's own font. No metadata: the same run
     # gives the same bytes.
     with matplotlib.rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "svg.hashsalt": "dist-agc"}):
-        figure.savefig(
-            out, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        )
+        made.savefig(out, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     text = out.getvalue()
     return text[text.index("<svg") :]

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
-    from torch import nn
+    from rich.table import Table
+    from torch import Tensor, nn
 
     from ..config import AGCConfig
-    from ..layouts.virtual import World
+    from ..engine.plan import AxisPlan
+    from ..frameworks.virtual import World
 
 
 @dataclass(frozen=True)
@@ -43,44 +46,48 @@ class Planned:
 
 def planned(model: nn.Module, layout: str, world: World, config: AGCConfig, gradient_size: int = 4) -> Planned:
     """Plan for ``world.rank``, with the code that plans on the cluster. ``gradient_size``: bytes of an element."""
-    from ..layouts import make_fragments
-    from ..layouts.virtual import place
-    from ..plan import Plan
+    from ..engine.plan import STATISTICS, Plan
+    from ..frameworks.virtual import parameters, tensor_parallel_dim
+    from ..model.units import unit_rules
 
     began = time.process_time()
-    fragments = make_fragments(place(model, layout, world), config)
-    plan = Plan(fragments, statistics=config.statistics)
+    found = parameters(model, layout, world)
+    plan = Plan(found, unit_rules(found, config))
     seconds = time.process_time() - began
-    elements = sum(f.numel for f in fragments)
-    stages = plan.stages
-    tensors = [t for s in stages for t in (s.local, s.slot, s.passing)]
-    tensors += [split.runs for f in fragments for split in f.pieces.splits]
-    vectors = 4 * (3 * plan.local_units + 2 * sum(s.slots for s in stages))
-    copies = {"ddp": world.size, "zero0": world.size, "hsdp": world.size // world.shard}.get(layout, 1)
-    held = _held(fragments, layout, world) if layout == "tp+fsdp2" else elements * copies // world.size
+    elements = sum(p.numel for p in found)
+    held = elements // world.size
+    if layout in ("ddp", "zero0"):
+        held = elements
+    elif layout == "hsdp":
+        held = elements // world.shard
+    elif layout == "tp+fsdp2":
+        cut = sum(p.numel for p in found if tensor_parallel_dim(p.name) is not None)
+        held = (cut // world.tensor + elements - cut) * world.tensor // world.size
+    buffers = [(4 * axis.numel(columns=STATISTICS if config.statistics else 0), axis.axis.size) for axis in plan.axes]
+    kept = {id(t): t for axis in plan.axes for t in _tensors(axis)}.values()
     return Planned(
-        layout,
-        world.size,
-        held,
-        plan.units,
-        plan.local_units,
-        sum(s.slots for s in stages),
-        len(stages),
-        sum(4 * s.numel() for s in stages),
-        sum(_ring(4 * s.numel(), s.axis.size) for s in stages),
-        _gradients(elements * gradient_size, held * gradient_size, layout, world),
-        max((4 * s.numel() for s in stages), default=0),
-        sum(t.numel() * t.element_size() for t in tensors) + vectors,
-        seconds,
+        layout=layout,
+        world=world.size,
+        elements_per_rank=held,
+        units=plan.units,
+        local_units=plan.local_units,
+        split_units=plan.slots,
+        all_reduces=sum(size > 0 for size, _ in buffers),
+        payload_bytes=sum(size for size, _ in buffers),
+        sent_bytes=sum(_ring(size, ranks) for size, ranks in buffers),
+        gradient_bytes=_gradients(elements * gradient_size, held * gradient_size, layout, world),
+        buffer_bytes=max((size for size, _ in buffers), default=0),
+        plan_bytes=sum(t.numel() * t.element_size() for t in kept) + 4 * (3 * plan.local_units + 2 * plan.slots),
+        seconds=seconds,
     )
 
 
-def _held(fragments: Any, layout: str, world: World) -> int:
-    from ..layouts.virtual import tensor_parallel_dim
-    from ..names import Named
-
-    cut = sum(f.numel for f in fragments if tensor_parallel_dim(Named((f.name,), f.holder)) is not None)
-    return (cut // world.tensor + sum(f.numel for f in fragments) - cut) * world.tensor // world.size
+def _tensors(axis: AxisPlan) -> list[Tensor]:
+    """What the plan of an axis keeps; some may be listed twice."""
+    slots = (axis.pieces, axis.local, *(found for _, found in axis.carried))
+    return [t for found in slots for t in (found.source, found.slot)] + (
+        [] if axis.complete is None else [axis.complete]
+    )
 
 
 def _ring(size: float, ranks: int) -> float:
@@ -132,15 +139,12 @@ def command(
     from rich.console import Console
 
     from ..config import AGCConfig
-    from ..layouts.virtual import LAYOUTS, World
-    from . import shapes
+    from ..frameworks.virtual import LAYOUTS, World
+    from ..lab import shapes
 
     console = Console(highlight=False)
-    for name in layout or ():
-        if name not in LAYOUTS:
-            raise typer.BadParameter(
-                f"{name!r} is not known; choose from: {', '.join(LAYOUTS)}.", param_hint="--layout"
-            )
+    if not console.is_terminal:
+        console.width = max(console.width, 130)
     for name in model or ["llama3-8b"]:
         rows = []
         try:
@@ -166,28 +170,21 @@ def command(
         )
 
 
-def _table(name: str, rows: list[Planned]) -> Any:
-    from rich.table import Table
+def _table(name: str, rows: list[Planned]) -> Table:
+    from .tables import table
 
-    table = Table(title=name, title_justify="left", title_style="bold")
-    headings = (
-        "layout world elements/rank units split all-reduces AGC_MB gradient_MB share buffer_MB kept_MB plan_CPU_s"
-    )
-    for heading in headings.split():
-        table.add_column(heading.replace("_", " "), justify="left" if heading == "layout" else "right")
-    for row in rows:
-        table.add_row(
-            row.layout,
-            f"{row.world:,}",
-            f"{row.elements_per_rank:,}",
-            f"{row.units:,}",
-            f"{row.split_units:,}",
-            str(row.all_reduces),
-            f"{row.sent_bytes / 1e6:.3f}",
-            f"{row.gradient_bytes / 1e6:,.0f}",
-            f"{row.share:.4%}",
-            f"{row.buffer_bytes / 1e6:.2f}",
-            f"{row.plan_bytes / 1e6:.2f}",
-            f"{row.seconds:.2f}",
-        )
-    return table
+    columns: dict[str, Callable[[Planned], str]] = {
+        "layout": lambda row: row.layout,
+        "world": lambda row: f"{row.world:,}",
+        "elements/rank": lambda row: f"{row.elements_per_rank:,}",
+        "units": lambda row: f"{row.units:,}",
+        "split": lambda row: f"{row.split_units:,}",
+        "all-reduces": lambda row: str(row.all_reduces),
+        "AGC MB": lambda row: f"{row.sent_bytes / 1e6:.3f}",
+        "gradient MB": lambda row: f"{row.gradient_bytes / 1e6:,.0f}",
+        "share": lambda row: f"{row.share:.4%}",
+        "buffer MB": lambda row: f"{row.buffer_bytes / 1e6:.2f}",
+        "kept MB": lambda row: f"{row.plan_bytes / 1e6:.2f}",
+        "plan CPU s": lambda row: f"{row.seconds:.2f}",
+    }
+    return table(name, list(columns), ([cell(row) for cell in columns.values()] for row in rows))

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from . import require
+from ..console import require
 from .runs import PER_PARAMETER, Run, is_number, read
 
 WORST = 15
@@ -120,7 +120,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def _summary(runs: Sequence[Run]) -> str:
     """A column a run: rows are what there is to compare."""
-    from .figures import COLOURS
+    from ..console.plots import COLOURS
 
     columns = []
     for i, run in enumerate(runs):

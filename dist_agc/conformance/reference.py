@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..config import AGCConfig
-from ..units import UnitRule
+from ..model.units import UnitRule
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,10 @@ from torch.optim import Optimizer
 
 from ..clipper import Clipper
 from ..config import AGCConfig
-from ..layouts import zero
-from ..names import module_paths, named_parameters
-from ..part import Part
+from ..engine.plan import Plan
+from ..frameworks import deepspeed
+from ..frameworks.base import is_a
+from ..model.names import entries, module_paths
 from ..stats import ClipStats
 from .counting import Operations
 
@@ -55,13 +56,13 @@ class Subject:
         """Full weights and gradients of the trainable parameters by name; a gradient may be missing."""
         weights, grads = _flat_tensors(self.model)
         with _summoned(self.model):
-            for named in named_parameters(self.model):
-                parameter = named.parameter
-                if not parameter.requires_grad or named.name in weights or getattr(parameter, "_is_flat_param", False):
+            for entry in entries(self.model):
+                tensor = entry.tensor
+                if not tensor.requires_grad or entry.name in weights or getattr(tensor, "_is_flat_param", False):
                     continue
-                weights[named.name] = full(parameter)
-                if parameter.grad is not None:
-                    grads[named.name] = full(parameter.grad)
+                weights[entry.name] = full(tensor)
+                if tensor.grad is not None:
+                    grads[entry.name] = full(tensor.grad)
         return weights, grads
 
     def clip(self, config: AGCConfig) -> ClipStats:
@@ -82,9 +83,9 @@ class Subject:
         """Those of the gradients that are clipped."""
         return {p.dtype for p in self.model.parameters() if p.requires_grad}
 
-    def parts(self) -> list[Part]:
+    def plans(self) -> list[Plan]:
         assert self.clipper is not None
-        return [self.clipper.part()]
+        return [self.clipper.execution().plan]
 
     def has_shares(self) -> bool:
         """Whether gradients come as shares of a sum, which clipping completes: that is sent beside what is planned."""
@@ -106,11 +107,12 @@ class ZeroSubject(Subject):
 
     def __init__(self, engine: Any, loss: Loss | None = None) -> None:
         super().__init__(engine, loss)
-        self.engine, self.optimizers = engine, zero.optimizers(engine)
+        self.engine, self.optimizers = engine, deepspeed.optimizers(engine)
         self.hook: Any = None
         self.seen = Operations()
         self._counting = ExitStack()
         self._kept: list[tuple[Tensor, Tensor]] = []  # what the base optimizer holds, and its gradient
+        self._plans: list[Plan] = []  # of the last step, in which an optimizer may step several times
 
     def backward(self) -> None:
         if self.loss is not None:
@@ -120,7 +122,7 @@ class ZeroSubject(Subject):
         backward_without_forward(self.engine, parameters, (_noise_like(p) for p in parameters))
 
     def _named(self) -> list[tuple[str, Any]]:
-        return [(n.name, n.parameter) for n in named_parameters(self.engine.module) if n.parameter.requires_grad]
+        return [(entry.name, entry.tensor) for entry in entries(self.engine.module) if entry.tensor.requires_grad]
 
     def _weights(self) -> Tensors:
         from deepspeed.utils import safe_get_full_fp32_param
@@ -134,7 +136,7 @@ class ZeroSubject(Subject):
         return self._weights(), {name: full(g) for name, g in grads.items() if g is not None}
 
     def clip(self, config: AGCConfig) -> ClipStats:
-        from ..hooks import attach
+        from ..attach import attach
 
         def count(*_: Any) -> None:
             self._counting.enter_context(self.seen)
@@ -143,7 +145,7 @@ class ZeroSubject(Subject):
             optimizer.register_step_pre_hook(count)
         self.hook = attach(self.engine, config=config)
         self._step()
-        if self.hook.stats is None:
+        if not self.hook.stats:
             raise ValueError(
                 "the engine's step did not come to its optimizer: expected finite gradients and a "
                 "gradient_accumulation_steps of 1."
@@ -158,8 +160,12 @@ class ZeroSubject(Subject):
     def _step(self) -> None:
         def keep(optimizer: Optimizer, *_: Any) -> None:
             self._counting.close()
-            self._kept += [(p, p.grad.clone()) for p in _held(optimizer) if p.grad is not None]
+            held = _held(optimizer)
+            self._kept += [(p, p.grad.clone()) for p in held if p.grad is not None]
+            if self.hook is not None:
+                self._plans.append(self.hook.clipper.execution(held).plan)
 
+        self._plans = []
         last = [optimizer.register_step_pre_hook(keep) for optimizer in self.optimizers]
         self.engine.step()
         for handle in last:
@@ -178,8 +184,8 @@ class ZeroSubject(Subject):
     def dtypes(self) -> set[torch.dtype]:
         return {grad.dtype for _, grad in self._kept}
 
-    def parts(self) -> list[Part]:
-        return list(self.hook.clipper._parts.values())
+    def plans(self) -> list[Plan]:
+        return self._plans
 
     def sent(self, config: AGCConfig) -> Operations:
         self.seen = Operations()
@@ -201,19 +207,17 @@ def backward_without_forward(engine: Any, parameters: list[Any], gradients: Iter
 
 
 def is_engine(model: object) -> bool:
-    return any(kind.__name__ == "DeepSpeedEngine" for kind in type(model).__mro__)
+    return is_a(model, "DeepSpeedEngine")
 
 
 def _held(optimizer: Optimizer) -> list[Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
-def _is_fsdp1(module: nn.Module) -> bool:
-    return any(kind.__name__ == "FullyShardedDataParallel" for kind in type(module).__mro__)
-
-
 def _flat_modules(model: nn.Module) -> list[nn.Module]:
-    return [m for m in model.modules() if _is_fsdp1(m) and getattr(m, "_handle", None) is not None]
+    return [
+        m for m in model.modules() if is_a(m, "FullyShardedDataParallel") and getattr(m, "_handle", None) is not None
+    ]
 
 
 def _summoned(model: nn.Module) -> Any:

@@ -4,67 +4,73 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 import torch.distributed as dist
 
+from ..attach import AGCHook
 from ..clipper import Clipper
+from ..config import AGCConfig
+from ..model.parameter import Parameter
 from ..stats import ClipStats
 
 logger = logging.getLogger("dist_agc")
 
-# By the module that defines the layout.
-_LAYOUTS = {
-    "replicated": "whole on every rank (plain or DDP)",
-    "dtensor": "DTensor (FSDP2, tensor parallel)",
-    "fsdp1": "FSDP1",
-}
+
+@contextmanager
+def needed(package: str, extra: str) -> Iterator[None]:
+    """Around the import of a package: where it is not installed, the error says how to."""
+    try:
+        yield
+    except ImportError as error:
+        raise ImportError(f"{package} is needed here: pip install 'dist-agc[{extra}]' ({error})") from error
 
 
-def layouts(clipper: Clipper) -> Counter[str]:
-    """How many parameters lie in which way, in words."""
-    modules = (type(p.layout).__module__.rpartition(".")[2] for p in clipper._placed)
-    return Counter(_LAYOUTS.get(name, f"DeepSpeed ({name})") for name in modules)
+class CallbackBase:
+    """What the callbacks of all trainers have: settings, the handle once training has begun, and statistics.
+
+    ``config`` is None where no settings were given: a DeepSpeed config may have them.
+    """
+
+    def __init__(self, config: AGCConfig | None, options: Mapping[str, Any], per_parameter_every: int) -> None:
+        # Checked now and not only when training begins, hours later perhaps.
+        self.config = AGCConfig.of(config, options) if config is not None or options else None
+        self.per_parameter_every = per_parameter_every
+        self.hook: AGCHook | None = None
+
+    @property
+    def stats(self) -> ClipStats | None:
+        """The statistics of the last step; None before the first."""
+        return None if self.hook is None else self.hook.stats
+
+    def _per_parameter(self, step: int) -> bool:
+        """Whether this step's logs are to have statistics per parameter."""
+        return self.per_parameter_every > 0 and step % self.per_parameter_every == 0
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        if self.hook is not None:
+            self.hook.remove()
 
 
 def announce(clipper: Clipper, *, sharding_asked: bool = False) -> None:
-    """Log which layout was found, so that a fallback of the framework does not pass unnoticed.
-
-    Args:
-        sharding_asked: the user asked the framework to shard parameters; warns where none is sharded.
-    """
-    if dist.is_initialized() and dist.get_rank() != 0:
+    """Log which layout was found. Warn where the user asked the framework to shard parameters and none is sharded."""
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if rank != 0:
         return
-    found = layouts(clipper)
-    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    found = Counter(p.framework for p in clipper.parameters)
     listed = "; ".join(f"{count} parameters {kind}" for kind, count in found.items())
     logger.info("AGC on %d process%s: %s. %s", ranks, "" if ranks == 1 else "es", listed, clipper.config)
-    if sharding_asked and set(found) == {_LAYOUTS["replicated"]}:
+    if sharding_asked and set(found) == {Parameter.framework}:
         logger.warning(
             "FSDP was asked for, but every parameter is whole on every rank: the framework fell back to DDP "
             "(Accelerate does so on CPU). AGC clips all the same."
         )
 
 
-def warn_norm_clipping(setting: str, value: object, advice: str, *, first: str = "norm") -> None:
-    """Warn that another clipping runs before AGC, or after it with ``first="AGC"``."""
-    order = "by AGC first and by their global norm" if first == "AGC" else "by their global norm first and by AGC"
-    logger.warning(
-        "%s=%s: gradients are clipped %s after that. AGC takes the place of norm clipping: %s.",
-        setting,
-        value,
-        order,
-        advice,
-    )
-
-
-def metrics(stats: ClipStats | None, step: int, per_parameter_every: int) -> Mapping[str, float]:
-    """What goes to a logger at this step; per parameter only every so many steps, 0 for never."""
-    if stats is None:
-        return {}
-    return stats.as_dict(per_parameter=per_parameter_every > 0 and step % per_parameter_every == 0)
-
-
-def missing(package: str, extra: str, error: ImportError) -> ImportError:
-    """The error for a package that is not installed."""
-    return ImportError(f"{package} is needed here: pip install 'dist-agc[{extra}]' ({error})")
+def warn_norm_clipping(setting: str, value: object, advice: str, *, agc_first: bool = False) -> None:
+    """Warn that another clipping runs beside AGC."""
+    order = "by AGC first and by their global norm" if agc_first else "by their global norm first and by AGC"
+    text = "%s=%s: gradients are clipped %s after that. AGC takes the place of norm clipping: %s."
+    logger.warning(text, setting, value, order, advice)

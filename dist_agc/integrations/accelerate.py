@@ -4,37 +4,34 @@
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     hook = attach(accelerator, model, optimizer, clipping_threshold=0.01, exclude=("head.*",))
 
-It is `dist_agc.attach` with what an Accelerator knows: ``dist_agc.attach(model, optimizer)`` does too.
+``dist_agc.attach(model, optimizer)`` does too. This one also checks what it is given and logs which layout it found.
 """
 
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
+from ..attach import AGCHook
+from ..attach import attach as _attach
 from ..config import AGCConfig
-from ..hooks import AGCHook
-from ..hooks import attach as _attach
-from ._common import announce, missing
+from ._common import announce, needed
 
-if TYPE_CHECKING:
+with needed("accelerate", "accelerate"):
     from accelerate import Accelerator
+    from accelerate.optimizer import AcceleratedOptimizer
 
 
 def attach(
-    accelerator: Accelerator,
-    model: nn.Module,
-    optimizer: Any = None,
-    config: AGCConfig | None = None,
-    **options: Any,
+    accelerator: Accelerator, model: nn.Module, optimizer: Any = None, config: AGCConfig | None = None, **options: Any
 ) -> AGCHook:
     """Clip inside every real optimizer step, under whatever Accelerate was configured for.
 
     Accumulated gradients are clipped once, whole. Under DeepSpeed ``accelerator.backward()`` itself steps, so this
     attaches to the engine, and the block ``"adaptive_gradient_clipping"`` of its config counts. Leave out
-    ``accelerator.clip_grad_norm_``: AGC takes its place. Logs which layout it found.
+    ``accelerator.clip_grad_norm_``: AGC takes its place.
 
     Args:
         accelerator: the one that prepared the model.
@@ -46,11 +43,6 @@ def attach(
         TypeError, ValueError: as `dist_agc.attach`; a model or an optimizer that was not prepared.
         ImportError: accelerate is not installed.
     """
-    try:
-        from accelerate import Accelerator
-        from accelerate.optimizer import AcceleratedOptimizer
-    except ImportError as error:
-        raise missing("accelerate", "accelerate", error) from error
     if not isinstance(accelerator, Accelerator):
         raise TypeError(f"expected an accelerate.Accelerator first, got {type(accelerator).__name__}.")
     optimizers = optimizer if isinstance(optimizer, list | tuple) else [] if optimizer is None else [optimizer]

@@ -8,30 +8,20 @@ The functional form is `dist_agc.apply_agc(model, clipping_threshold=0.01)`.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from torch.optim import Optimizer
-
+from ..attach import AGCHook
 from ..clipper import Clipper
 from ..config import AGCConfig
-from ..hooks import AGCHook
-from ..stats import ClipStats
-from ._common import announce, metrics, missing
+from ._common import CallbackBase, announce, needed
 from ._common import logger as log
 
-if TYPE_CHECKING:
+with needed("MosaicML Composer", "composer"):  # other packages are called composer too
     from composer.core import Algorithm, Event, State  # pyright: ignore[reportMissingImports]
     from composer.loggers import Logger  # pyright: ignore[reportMissingImports]
-else:
-    try:
-        core = importlib.import_module("composer.core")
-        Algorithm, Event = core.Algorithm, core.Event
-    except (ImportError, AttributeError) as error:  # other packages are called composer too
-        raise missing("MosaicML Composer", "composer", error) from error
 
 
-class AGC(Algorithm):
+class AGC(CallbackBase, Algorithm):
     """Clips after each batch's gradients are complete, reduced and unscaled, and before the optimizers' step.
 
     Takes the place of ``GradientClipping(clipping_type="adaptive")``, which does not know of shards; with ``eps=0`` it
@@ -50,31 +40,22 @@ class AGC(Algorithm):
     def __init__(
         self, config: AGCConfig | None = None, *, log_every: int = 1, per_parameter_every: int = 0, **options: Any
     ) -> None:
-        self.config = AGCConfig.of(config, options)
+        super().__init__(config, options, per_parameter_every)
         self.log_every = log_every
-        self.per_parameter_every = per_parameter_every
-        self.hook: AGCHook | None = None
-
-    @property
-    def stats(self) -> ClipStats | None:
-        """The statistics of the last batch; None before the first."""
-        return None if self.hook is None else self.hook.stats
 
     def match(self, event: Event, state: State) -> bool:
         return event in (Event.FIT_START, Event.AFTER_TRAIN_BATCH)
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
         if event == Event.FIT_START:
-            self.hook = AGCHook(Clipper(state.model, self.config), [])
+            self.hook = AGCHook(Clipper(state.model, self.config))
             announce(self.hook.clipper)
-            for other in state.algorithms:
-                if type(other).__name__ == "GradientClipping":
-                    log.warning("GradientClipping runs beside AGC: AGC takes its place, leave one of them out.")
+            if any(type(other).__name__ == "GradientClipping" for other in state.algorithms):
+                log.warning("GradientClipping runs beside AGC: AGC takes its place, leave one of them out.")
             return
         assert self.hook is not None, "Event.FIT_START comes first"
-        optimizers: list[Optimizer] = list(state.optimizers)
-        for optimizer in optimizers:
+        for optimizer in state.optimizers:
             self.hook.clip(optimizer)
         batch = int(state.timestamp.batch)
-        if self.log_every and batch % self.log_every == 0:
-            logger.log_metrics(dict(metrics(self.stats, batch, self.per_parameter_every)))
+        if self.stats is not None and self.log_every and batch % self.log_every == 0:
+            logger.log_metrics(self.stats.as_dict(per_parameter=self._per_parameter(batch)))

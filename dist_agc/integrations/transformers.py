@@ -1,30 +1,28 @@
 """Adaptive gradient clipping in the Hugging Face Trainer.
 
-from dist_agc.integrations.transformers import AGCCallback
-Trainer(..., callbacks=[AGCCallback(clipping_threshold=0.01, exclude=("lm_head.*",))])
+    from dist_agc.integrations.transformers import AGCCallback
+    Trainer(..., callbacks=[AGCCallback(clipping_threshold=0.01, exclude=("lm_head.*",))])
+
+A DeepSpeed config may hold the settings instead.
 """
 
 from __future__ import annotations
 
-import gc
 import os
+import sys
 from typing import Any
 
+from ..attach import attach
 from ..config import AGCConfig
-from ..hooks import AGCHook, attach
-from ..stats import ClipStats
-from ._common import announce, logger, metrics, missing, warn_norm_clipping
-from .deepspeed import attach_engine
+from ._common import CallbackBase, announce, logger, needed, warn_norm_clipping
 
-try:
+with needed("transformers", "transformers"):
     from transformers import Trainer, TrainerCallback
-except ImportError as error:
-    raise missing("transformers", "transformers", error) from error
 
 _DEFAULT = 1.0  # of TrainingArguments.max_grad_norm; nothing tells it from a 1.0 that was asked for
 
 
-class AGCCallback(TrainerCallback):
+class AGCCallback(CallbackBase, TrainerCallback):
     """Clips inside every real optimizer step of a `Trainer`: plain, DDP, FSDP and DeepSpeed alike.
 
     At the beginning of training it attaches to the optimizer, or to the DeepSpeed engine, logs which layout it found,
@@ -52,17 +50,9 @@ class AGCCallback(TrainerCallback):
         per_parameter_every: int = 0,
         **options: Any,
     ) -> None:
-        # Checked now and not only when training begins, hours later perhaps.
-        self.config = AGCConfig.of(config, options) if config is not None or options else None
+        super().__init__(config, options, per_parameter_every)
         self.norm_clipping = norm_clipping
-        self.per_parameter_every = per_parameter_every
-        self.hook: AGCHook | None = None
         self._settled: Any = None  # the TrainingArguments whose max_grad_norm was looked at
-
-    @property
-    def stats(self) -> ClipStats | None:
-        """The statistics of the last step; None before the first."""
-        return None if self.hook is None else self.hook.stats
 
     def on_init_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._settle_norm_clipping(args, state)
@@ -74,10 +64,10 @@ class AGCCallback(TrainerCallback):
         callbacks = trainer.callback_handler.callbacks
         callbacks.remove(self)
         callbacks.insert(0, self)
-        self._remove()
+        self.on_train_end()  # of a training before that ended in an error
         model: Any = trainer.model_wrapped
         if trainer.is_deepspeed_enabled:
-            self.hook = attach_engine(model, config=self.config, norm_clipping=self.norm_clipping)
+            self.hook = attach(model, config=self.config, norm_clipping=self.norm_clipping)
         elif args.deepspeed:
             raise ValueError(
                 "TrainingArguments has a DeepSpeed config, but the Trainer runs without DeepSpeed (`accelerate launch "
@@ -85,30 +75,25 @@ class AGCCallback(TrainerCallback):
                 "deepspeed=..."
             )
         else:
-            optimizer: Any = trainer.optimizer
-            self.hook = attach(model, optimizer, self.config)
+            self.hook = attach(model, trainer.optimizer, self.config)  # type: ignore[arg-type]
         announce(self.hook.clipper, sharding_asked=trainer.is_fsdp_enabled or bool(args.fsdp))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        if logs is None or "loss" not in logs:  # the logs of an evaluation, the summary at the end
-            return
-        values = metrics(self.stats, state.global_step, self.per_parameter_every)
-        logs.update(values)
-        state.log_history[-1].update(values)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._remove()
-
-    def _remove(self) -> None:
-        if self.hook is not None:
-            self.hook.remove()
+        # Without a loss: the logs of an evaluation, the summary at the end.
+        if self.stats is not None and logs is not None and "loss" in logs:
+            values = self.stats.as_dict(per_parameter=self._per_parameter(state.global_step))
+            logs.update(values)
+            state.log_history[-1].update(values)
 
     def _trainer(self, state: Any) -> Trainer:
         """The Trainer that runs this callback: callbacks are not told, and only it has the engine and the wrapped
-        model. Its ``state`` tells it from others that had, or will have, the same callback."""
-        for found in gc.get_objects():
-            if issubclass(type(found), Trainer) and getattr(found, "state", None) is state:
+        model. So it is among the callers; its ``state`` tells it from one that runs another inside of it."""
+        frame = sys._getframe(1)
+        while frame is not None:
+            found = frame.f_locals.get("self")
+            if isinstance(found, Trainer) and found.state is state:
                 return found
+            frame = frame.f_back
         raise RuntimeError("AGCCallback runs under transformers.Trainer alone: Trainer(callbacks=[AGCCallback(...)]).")
 
     def _settle_norm_clipping(self, args: Any, state: Any) -> None:

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import dist_agc
 import oracle
-from dist_agc import reduce
+from dist_agc.engine import collectives as sending
 from elsewhere import Journeys
 from helpers import (
     agc,
@@ -104,7 +104,7 @@ def test_duplicates_of_tensor_parallel_counted_twice(world: Any) -> None:
 
 
 def test_experts_missing(world: Any) -> None:
-    """Each rank holds other experts whole: nothing is split, yet counts and norms are those of all experts."""
+    """Each rank holds other experts whole: nothing is cut, yet counts and norms are those of all experts."""
     bag = Bag({"experts": (world.size * 2 + 1, 3, 4), "router": (5, 4)})
     rules = {"experts": oracle.Units((0, 1)), "router": oracle.Units((0,))}
     threshold = median_threshold(bag, rules)
@@ -130,9 +130,9 @@ def test_several_meshes(world: Any) -> None:
 
 def test_cpu_offload_with_a_group_of_another_device(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Gradients on the CPU, a group that only an accelerator can serve: the packed buffer travels there and back."""
-    assert reduce.communication_device(torch.device("cpu"), dist.group.WORLD) == torch.device("cpu")
-    monkeypatch.setattr(reduce.dist, "get_backend_config", lambda group: "cpu:gloo,cuda:nccl")
-    assert reduce.communication_device(torch.device("cpu"), dist.group.WORLD) == torch.device("cpu")
+    assert sending.communication_device(torch.device("cpu"), dist.group.WORLD) == torch.device("cpu")
+    monkeypatch.setattr(sending.dist, "get_backend_config", lambda group: "cpu:gloo,cuda:nccl")
+    assert sending.communication_device(torch.device("cpu"), dist.group.WORLD) == torch.device("cpu")
     monkeypatch.undo()
 
     bag = Bag({"bias": (12,), "gain": (7,), "weight": (5, 12)})
@@ -144,16 +144,16 @@ def test_cpu_offload_with_a_group_of_another_device(world: Any, monkeypatch: pyt
     for parameter, grad in zip(bag.parameters(), raw, strict=True):
         local(parameter.grad).copy_(grad)
     places = storages(bag)
-    monkeypatch.setattr(reduce.dist, "get_backend_config", lambda group: "cuda:nccl")
+    monkeypatch.setattr(sending.dist, "get_backend_config", lambda group: "cuda:nccl")
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)  # there is no such device, and none is used
-    assert reduce.communication_device(torch.device("cuda", 1), dist.group.WORLD) == torch.device("cuda", 1)
+    assert sending.communication_device(torch.device("cuda", 1), dist.group.WORLD) == torch.device("cuda", 1)
     with Journeys() as seen:
         stats = clipper.clip()
     monkeypatch.undo()
     assert_clipped(bag, stats, expected)
-    (stage,) = clipper.part().plan.stages
-    assert [numel for numel, _ in seen.sent] == seen.back == [stage.numel()]
+    (axis,) = clipper.execution().plan.axes
+    assert [numel for numel, _ in seen.sent] == seen.back == [axis.numel()]
     assert not {place for _, place in seen.sent} & set(places.values()) and storages(bag) == places
 
 
@@ -172,7 +172,8 @@ def test_stages_of_a_pipeline(world: Any) -> None:
     spread(bag, mesh["dp"], {"weight": [Shard(1)], "bias": [Shard(0)]})
     expected = reference(bag, rows(bag), threshold)
     clipper = dist_agc.Clipper(bag, clipping_threshold=threshold)
-    assert [stage.axis.ranks for stage in clipper.part().plan.stages] == ([tuple(ranks)] if len(ranks) > 1 else [])
+    planned = [axis.axis.ranks for axis in clipper.execution().plan.axes]
+    assert planned == ([tuple(ranks)] if len(ranks) > 1 else [])
     stats = clipper.clip() if stage == 0 else None
     world.gather(None)  # the first stage is done before any other begins
     stats = clipper.clip() if stage else stats

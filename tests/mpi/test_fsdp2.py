@@ -419,7 +419,6 @@ class TestTrainingLoops:
     def test_excluded_and_frozen_are_untouched(self, world: World) -> None:
         model = sharded(world)
         backward(model, world)
-        model.frozen.weight.grad = torch.ones_like(model.frozen.weight)
         raw = {name: grad.clone() for name, grad in local_grads(model).items()}
         expected = helpers.reference(
             model, rules(), 1e-4, exclude=[n for n in rules() if n.startswith("conv.") or n.endswith("bias")]
@@ -427,8 +426,23 @@ class TestTrainingLoops:
         stats = helpers.agc(model, 1e-4, exclude=("conv.*", "*.bias"))
         helpers.assert_stats(stats, expected)
         for name, grad in local_grads(model).items():
-            alone = name.startswith(("conv.", "frozen")) or name.endswith("bias")
+            alone = name.startswith("conv.") or name.endswith("bias")
             assert alone == torch.equal(grad, raw[name]) or grad.numel() == 0, name
+        assert "frozen.weight" not in raw and model.frozen.weight.grad is None
+
+    def test_a_frozen_parameter_that_holds_a_gradient_is_clipped(self, world: World) -> None:
+        """An optimizer would step it: torch looks at gradients, not at ``requires_grad``."""
+        model = sharded(world)
+        backward(model, world)
+        model.frozen.weight.grad = torch.ones_like(model.frozen.weight)
+        weight, grad = helpers.full(model.frozen.weight), helpers.full(model.frozen.weight.grad)
+        expected = oracle.clip(
+            {"frozen.weight": weight}, {"frozen.weight": grad}, {"frozen.weight": oracle.Units((0,))}, 1e-4
+        )
+        stats = helpers.agc(model, 1e-4)
+        got = {"frozen.weight": helpers.full(model.frozen.weight.grad)}
+        assert helpers.worst_relative_error(got, expected.grads) <= 1e-6
+        assert int(stats.per_parameter["frozen.weight"].clipped_units) == expected.clipped_units == 7
 
     def test_some_of_the_parameters(self, world: World) -> None:
         """Clipper's ``holders``, as integrations use it: the rest is neither clipped nor counted."""

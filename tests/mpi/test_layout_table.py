@@ -2,19 +2,15 @@
 
 import re
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
-from torch.distributed.fsdp import ShardingStrategy, fully_shard
-from torch.nn.parallel import DistributedDataParallel as DDP
 
 import dist_agc
+from dist_agc.conformance import sharding
 from parallel import parallel, sequence_loss, sequences, tensor_parallel
 
 pytestmark = [
@@ -28,16 +24,9 @@ pytestmark = [
 PAGE = Path(__file__).parents[2] / "docs" / "layouts.md"
 
 
-def flat(strategy: ShardingStrategy, mesh: Any) -> nn.Module:
-    return FSDP(parallel(), device_id=torch.device("cpu"), sharding_strategy=strategy, device_mesh=mesh)
-
-
-def sharded(mesh: Any, tp: Any = None, **options: Any) -> nn.Module:
+def fsdp2(mesh: Any, tp: Any = None, **options: Any) -> nn.Module:
     model = parallel() if tp is None else tensor_parallel(parallel(), tp)
-    for layer in (model.up, model.down):
-        fully_shard(layer, mesh=mesh, **options)
-    fully_shard(model, mesh=mesh, **options)
-    return model
+    return sharding.fsdp2(model, [model.up, model.down], mesh, **options)
 
 
 def columns(parameter: nn.Parameter) -> Any:
@@ -48,18 +37,18 @@ def columns(parameter: nn.Parameter) -> Any:
 
 def models(world: Any) -> dict[str, Callable[[], nn.Module]]:
     hybrid, both = world.mesh((2, 2), ("replicate", "shard")), world.mesh((2, 2), ("dp", "tp"))
-    cube = {n: world.mesh(n, ("replicate", "shard", "tp")) for n in [(2, 1, 2)]}
+    cube = world.mesh((2, 1, 2), ("replicate", "shard", "tp"))
     return {
-        "DDP": lambda: DDP(parallel()),
-        "FSDP1 `FULL_SHARD`": partial(flat, ShardingStrategy.FULL_SHARD, world.mesh()),
-        "FSDP1 `HYBRID_SHARD` 2 x 2": partial(flat, ShardingStrategy.HYBRID_SHARD, hybrid),
-        "FSDP1 `NO_SHARD`": partial(flat, ShardingStrategy.NO_SHARD, world.mesh()),
-        "FSDP2": partial(sharded, world.mesh()),
-        "FSDP2, weights `Shard(1)`": partial(sharded, world.mesh(), shard_placement_fn=columns),
-        "HSDP 2 x 2": partial(sharded, hybrid),
+        "DDP": lambda: sharding.ddp(parallel()),
+        "FSDP1 `FULL_SHARD`": lambda: sharding.fsdp1(parallel()),
+        "FSDP1 `HYBRID_SHARD` 2 x 2": lambda: sharding.fsdp1(parallel(), (), "HYBRID_SHARD", device_mesh=hybrid),
+        "FSDP1 `NO_SHARD`": lambda: sharding.fsdp1(parallel(), (), "NO_SHARD"),
+        "FSDP2": lambda: fsdp2(world.mesh()),
+        "FSDP2, weights `Shard(1)`": lambda: fsdp2(world.mesh(), shard_placement_fn=columns),
+        "HSDP 2 x 2": lambda: fsdp2(hybrid),
         "TP": lambda: tensor_parallel(parallel(), world.mesh(names=("tp",))),
-        "TP 2 x FSDP2 2": lambda: sharded(both["dp"], both["tp"]),
-        "HSDP 2 x 1, TP 2": lambda: sharded(cube[2, 1, 2]["replicate", "shard"], cube[2, 1, 2]["tp"]),
+        "TP 2 x FSDP2 2": lambda: fsdp2(both["dp"], both["tp"]),
+        "HSDP 2 x 1, TP 2": lambda: fsdp2(cube["replicate", "shard"], cube["tp"]),
     }
 
 

@@ -12,9 +12,12 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import dist_agc
-from dist_agc.fragments import Fragment
-from dist_agc.layouts import Placed, make_fragments, place, virtual, zero
-from dist_agc.plan import Plan
+from dist_agc import frameworks
+from dist_agc.engine.plan import Plan
+from dist_agc.frameworks import deepspeed as on_deepspeed
+from dist_agc.frameworks import virtual
+from dist_agc.model.parameter import Parameter
+from dist_agc.model.units import unit_rules
 
 pytestmark = [
     pytest.mark.mpi(min_size=2),
@@ -43,45 +46,47 @@ class Model(nn.Module):
         self.head = nn.Linear(13, 5)
 
 
-def described(fragments: Sequence[Fragment]) -> list[Any]:
+def described(parameters: Sequence[Parameter]) -> list[Any]:
     """All of a plan that decides what is sent and what is scaled, in numbers."""
 
-    def numbers(*tensors: Tensor) -> list[Any]:
-        return [t.tolist() for t in tensors]
+    def numbers(*tensors: Tensor | None) -> list[Any]:
+        return [None if t is None else t.tolist() for t in tensors]
 
     # FSDP1 orders its flat parameters its own way; slots follow the order, so both get the same.
-    plan = Plan(sorted(fragments, key=lambda f: f.name))
-    stages = [
+    ordered = sorted(parameters, key=lambda p: p.name)
+    plan = Plan(ordered, unit_rules(ordered, CONFIG))
+    axes = [
         (
-            tuple(s.axis.ranks),
-            s.axis.rank,
-            s.slots,
-            s.owners,
-            s.reported,
-            s.numel(),
-            *numbers(s.local, s.slot, s.passing),
+            tuple(a.axis.ranks),
+            a.axis.rank,
+            a.slots,
+            a.owners,
+            a.reported,
+            a.numel(),
+            numbers(a.pieces.source, a.pieces.slot, a.complete, a.local.source, a.local.slot),
+            [(before, numbers(found.source, found.slot)) for before, found in a.carried],
         )
-        for s in plan.stages
+        for a in plan.axes
     ]
-    return [[f.name for f in plan.fragments], plan.blocks, plan.owners, plan.offsets, plan.units, stages]
+    names = [p.name for p in plan.parameters]
+    cuts = [names, plan.governed, plan.rules, plan.whole_units, plan.others]
+    return [axes, cuts, plan.blocks, plan.owners, plan.offsets, plan.whole, plan.units]
 
 
-def check(world: Any, placed: Sequence[Placed], layout: str, **sizes: int) -> None:
+def check(world: Any, parameters: Sequence[Parameter], layout: str, **sizes: int) -> None:
     with torch.device("meta"):
         shapes = Model()
-    expected = virtual.place(shapes, layout, virtual.World(world.size, world.rank, **sizes))
-    real = described(make_fragments(placed, CONFIG))
-    planned = described(make_fragments(expected, CONFIG))
+    expected = virtual.parameters(shapes, layout, virtual.World(world.size, world.rank, **sizes))
+    real, planned = described(parameters), described(expected)
     world.check(real == planned, f"{layout}: real {real}, planned {planned}")
-    slots = sum(stage[2] for stage in real[-1])
-    world.check(slots > 0, "nothing is split, so the case shows nothing")
+    world.check(sum(axis[2] for axis in real[0]) > 0, "nothing is cut, so the case shows nothing")
 
 
 def test_fsdp1(world: Any) -> None:
     model = Model()
     for i in range(2):
         model.layers[i] = FSDP(model.layers[i], use_orig_params=True, device_id=CPU)
-    check(world, place(FSDP(model, use_orig_params=True, device_id=CPU)), "fsdp1")
+    check(world, frameworks.parameters(FSDP(model, use_orig_params=True, device_id=CPU)), "fsdp1")
 
 
 def fsdp2(mesh: DeviceMesh, model: nn.Module | None = None) -> nn.Module:
@@ -93,12 +98,12 @@ def fsdp2(mesh: DeviceMesh, model: nn.Module | None = None) -> nn.Module:
 
 
 def test_fsdp2(world: Any) -> None:
-    check(world, place(fsdp2(world.mesh())), "fsdp2")
+    check(world, frameworks.parameters(fsdp2(world.mesh())), "fsdp2")
 
 
 @pytest.mark.mpi(min_size=4)
 def test_hsdp(world: Any) -> None:
-    check(world, place(fsdp2(world.mesh((2, 2), ("replicate", "shard")))), "hsdp", shard=2)
+    check(world, frameworks.parameters(fsdp2(world.mesh((2, 2), ("replicate", "shard")))), "hsdp", shard=2)
 
 
 def test_tensor_parallel_and_fsdp2(world: Any) -> None:
@@ -108,7 +113,7 @@ def test_tensor_parallel_and_fsdp2(world: Any) -> None:
     for layer in model.layers:
         assert isinstance(layer, nn.Module)
         parallelize_module(layer, mesh["tp"], {"q_proj": ColwiseParallel(), "o_proj": RowwiseParallel()})
-    check(world, place(fsdp2(mesh["dp"], model)), "tp+fsdp2", tensor=tensor)
+    check(world, frameworks.parameters(fsdp2(mesh["dp"], model)), "tp+fsdp2", tensor=tensor)
 
 
 # DeepSpeed and what it imports warn about each other's ways.
@@ -122,5 +127,5 @@ def test_zero(world: Any, stage: int) -> None:
     model = Model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=runs.config(world, stage))
-    check(world, zero.place(engine), f"zero{stage}")
+    check(world, on_deepspeed.parameters(engine), f"zero{stage}")
     engine.destroy()

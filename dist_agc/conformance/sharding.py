@@ -1,0 +1,128 @@
+"""Shards a plain module, one function for each way: what check, bench, the demo and tests do this with."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.optim import Optimizer
+
+Cut = Callable[[nn.Module, DeviceMesh], object]  # makes a module tensor parallel over a mesh of one dim, in place
+Units = Sequence[nn.Module]  # modules that FSDP gathers by themselves, inner ones first; the rest is one more
+
+
+def device() -> torch.device:
+    """An accelerator where every local rank has one and its collectives, else the CPU."""
+    if torch.cuda.is_available() and "nccl" in dist.get_backend_config():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def mesh(**sizes: int) -> DeviceMesh:
+    """By the names of its dims; without any, one dim of all ranks."""
+    sizes = sizes or {"shard": dist.get_world_size()}
+    return init_device_mesh(device().type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+
+
+def two_copies() -> DeviceMesh:
+    """Two halves of the ranks, each of which holds a whole model."""
+    return mesh(replicate=2, shard=dist.get_world_size() // 2)
+
+
+def ddp(model: nn.Module, **options: Any) -> nn.Module:
+    return nn.parallel.DistributedDataParallel(model, **options)
+
+
+def fsdp1(model: nn.Module, units: Units = (), strategy: str = "FULL_SHARD", **options: Any) -> nn.Module:
+    """A unit of which nothing is trained stays with what is around it."""
+    from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
+
+    if strategy == "HYBRID_SHARD":
+        options.setdefault("device_mesh", two_copies())
+    options = {"device_id": device(), "sharding_strategy": ShardingStrategy[strategy], **options}
+    places = {id(child): (module, name) for module in model.modules() for name, child in module.named_children()}
+    for unit in units:
+        if any(p.requires_grad for p in unit.parameters()):
+            around, name = places[id(unit)]
+            setattr(around, name, FullyShardedDataParallel(unit, **options))
+    return FullyShardedDataParallel(model, **options)
+
+
+def fsdp2(model: nn.Module, units: Units = (), over: DeviceMesh | None = None, **options: Any) -> nn.Module:
+    from torch.distributed.fsdp import fully_shard
+
+    options["mesh"] = mesh() if over is None else over
+    for unit in units:
+        if any(True for _ in unit.parameters()):
+            fully_shard(unit, **options)
+    fully_shard(model, **options)
+    return model
+
+
+def hsdp(model: nn.Module, units: Units = (), **options: Any) -> nn.Module:
+    return fsdp2(model, units, two_copies(), **options)
+
+
+def tp(model: nn.Module, cut: Cut) -> nn.Module:
+    cut(model, mesh(tp=dist.get_world_size()))
+    return model
+
+
+def tp_fsdp2(model: nn.Module, units: Units, cut: Cut) -> nn.Module:
+    """Neighbouring ranks share a copy by tensor parallelism, two by two."""
+    both = mesh(dp=dist.get_world_size() // 2, tp=2)
+    cut(model, both["tp"])
+    return fsdp2(model, units, both["dp"])
+
+
+def hsdp_tp(model: nn.Module, units: Units, cut: Cut) -> nn.Module:
+    cube = mesh(replicate=2, shard=dist.get_world_size() // 4, tp=2)
+    cut(model, cube["tp"])
+    return fsdp2(model, units, cube["replicate", "shard"])
+
+
+def zero(model: nn.Module, stage: int, optimizer: Optimizer) -> Any:
+    """DeepSpeed's engine, in bf16 where the model is; it says nothing and compiles nothing before the first step."""
+    told = {"RANK": dist.get_rank(), "WORLD_SIZE": dist.get_world_size(), "LOCAL_RANK": dist.get_rank()}
+    for name, value in told.items():  # DeepSpeed reads them even where the group exists, and mpirun sets none
+        os.environ.setdefault(name, str(value))
+    on_cpu = device().type == "cpu"
+    if on_cpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    # torch deprecates, call by call, collectives that DeepSpeed 0.19 uses.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    if on_cpu:
+        # An optional collective that DeepSpeed would compile now, for minutes, and wait for without a timeout.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
+    config = {
+        "train_micro_batch_size_per_gpu": 1,  # for its own bookkeeping: the caller cuts batches
+        "zero_optimization": {"stage": stage},
+        "bf16": {"enabled": any(p.dtype is torch.bfloat16 for p in model.parameters())},
+        "gradient_clipping": 0.0,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 2**31,
+    }
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+
+
+def numbered(model: nn.Module) -> list[nn.Module]:
+    """The modules of every list of layers (``layers.0``), inner ones before those around them."""
+    lists = [m for m in model.modules() if m._modules and all(name.isdigit() for name in m._modules)]
+    return [layer for layers in reversed(lists) for layer in layers.children()]
+
+
+def first_half(model: nn.Module) -> list[nn.Module]:
+    """Of the children: units beside the root, whatever the model."""
+    children = list(model.children())
+    return children[: len(children) // 2]

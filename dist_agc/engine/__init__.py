@@ -1,0 +1,1 @@
+"""From parameters to scaled gradients: plan, measure, complete, judge, scale."""

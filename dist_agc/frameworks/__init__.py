@@ -1,0 +1,115 @@
+"""How frameworks spread parameters over ranks: one file each, and the order in which they are asked."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from ..model import names
+from ..model.names import Entry
+from ..model.parameter import Parameter, Unknown
+from .base import Framework, is_a
+from .deepspeed import DeepSpeed
+from .fsdp1 import FSDP1
+from .plain import Plain
+
+_SHARDING: tuple[Framework, ...] = (DeepSpeed(), FSDP1())
+_PLAIN = Plain()  # takes what nobody else knows and nobody refuses
+
+for _framework in (*_SHARDING, _PLAIN):
+    names.WRAPPED.update(_framework.wrapped)
+names.WRAPPED["_FabricModule"] = "_forward_module"  # Lightning Fabric, around any of them
+
+
+def _asked() -> tuple[Framework, ...]:
+    """The frameworks in the order in which they are asked. Whoever has a DTensor has imported what makes them."""
+    if "torch.distributed.tensor" not in sys.modules:
+        return _SHARDING
+    from .dtensor import DTensors
+
+    return (*_SHARDING, DTensors())
+
+
+def parameters(model: nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]]) -> list[Parameter]:
+    """Every parameter of a model (or of a list), as the framework that holds it knows it.
+
+    Raises TypeError for a list of something else, ValueError for no parameter, or two under one name.
+    """
+    whole = model if isinstance(model, nn.Module) else None
+    if whole is not None:
+        for framework in _asked():
+            framework.prepare(whole)
+    given = _listed(model) if whole is None else names.entries(whole)  # type: ignore[arg-type]
+    left, found = given, []
+    for framework in _asked():
+        some, left = framework.claim(whole, left)
+        found += some
+    plain = []
+    for entry in left:
+        if problem := _problem(entry.tensor):
+            found.append(Unknown.of(entry, () if is_lazy(entry.tensor) else None, problem=problem))
+        else:
+            plain.append(entry)
+    found += _PLAIN.claim(whole, plain)[0]
+    if not found:
+        raise ValueError(
+            "there are no parameters to clip: expected a module or parameters, got an empty one (a generator that was "
+            "used up already? pass the module, or a list)."
+        )
+    # In the order of the model, however they were claimed.
+    place = {id(entry.tensor): i for i, entry in enumerate(given)}
+    return sorted(found, key=lambda p: place.get(id(p.tensor), -1))
+
+
+def _problem(tensor: Tensor) -> str | None:
+    """Why a tensor that nobody claims cannot be clipped; None for a plain one."""
+    if is_lazy(tensor):
+        return "has no shape yet: run one forward pass before clipping"
+    for framework in _asked():
+        if reason := framework.refuses(tensor):
+            return reason
+    if hasattr(type(tensor), "__tensor_flatten__"):  # a tensor made of other tensors
+        return (
+            f"is a {type(tensor).__name__}, a layout that dist_agc does not know; known are plain tensors (DDP), "
+            "DTensor (FSDP2, tensor parallel), FSDP1 and DeepSpeed ZeRO"
+        )
+    return None
+
+
+def stepper(model: object) -> Framework | None:
+    """The framework that steps this object by itself, because it is an engine; None for anything else."""
+    return next((framework for framework in _asked() if framework.steps(model)), None)
+
+
+def not_in_backward(model: object) -> str | None:
+    """Why the gradients of some module in ``model`` are not final in backward; None where all are."""
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    reasons = (framework.not_in_backward(module) for module in modules for framework in (*_asked(), _PLAIN))
+    return next(filter(None, reasons), None)
+
+
+def unwrapped(optimizer: Any) -> Any:
+    """What Accelerate and Lightning Fabric wrap: their own optimizers cannot take hooks, or take them half."""
+    return optimizer.optimizer if is_a(optimizer, "AcceleratedOptimizer", "_FabricOptimizer") else optimizer
+
+
+def _listed(parameters: Any) -> list[Entry]:
+    if isinstance(parameters, Tensor):
+        parameters = [parameters]
+    if not isinstance(parameters, Iterable):
+        raise TypeError(f"expected an nn.Module or an iterable of parameters, got {type(parameters).__name__}.")
+    found: dict[int, Entry] = {}
+    for i, entry in enumerate(parameters):
+        name, parameter = entry if isinstance(entry, tuple) and len(entry) == 2 else (str(i), entry)
+        if not isinstance(name, str) or not isinstance(parameter, Tensor):
+            raise TypeError(f"expected parameters or (name, parameter) pairs, got {type(entry).__name__} at place {i}.")
+        found.setdefault(id(parameter), Entry((name,), parameter))
+    twice = [name for name, count in Counter(entry.name for entry in found.values()).items() if count > 1]
+    if twice:
+        raise ValueError(f"{twice[0]!r} names more than one parameter: give each a name of its own.")
+    return list(found.values())

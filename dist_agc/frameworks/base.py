@@ -1,0 +1,79 @@
+"""What `attach` asks a framework: a file under frameworks/ answers with one subclass of `Framework`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..config import AGCConfig
+from ..model.blocks import Axis
+from ..model.names import Entry
+from ..model.parameter import Parameter
+
+
+class Framework:
+    """One way of training. The base class is one that knows nothing.
+
+    ``wrapped``: by class name of a wrapper module, the attribute under which it keeps what it wraps.
+    """
+
+    wrapped: ClassVar[Mapping[str, str]] = {}
+
+    def prepare(self, model: nn.Module) -> None:
+        """Bring ``model`` into the state in which its parameters can be listed."""
+
+    def claim(self, model: nn.Module | None, entries: Sequence[Entry]) -> tuple[list[Parameter], list[Entry]]:
+        """The parameters that this framework holds, and the entries left over; no model: parameters were given."""
+        return [], list(entries)
+
+    def refuses(self, tensor: Tensor) -> str | None:
+        """Why a tensor of this framework that nobody claims cannot be clipped, to go on after its name."""
+        return None
+
+    def not_in_backward(self, module: nn.Module) -> str | None:
+        """Why gradients of this module are not final in backward."""
+        return None
+
+    def steps(self, model: object) -> bool:
+        """Whether ``model`` is an engine of this framework, which steps by itself."""
+        return False
+
+    def attachment(
+        self, engine: Any, optimizer: Any, config: AGCConfig | None, options: Mapping[str, Any]
+    ) -> Attachment:
+        """What `attach` needs to clip inside the engine's own step. Nothing is changed yet."""
+        raise NotImplementedError
+
+
+@dataclass
+class Attachment:
+    """What one `attach` clips, and where. The framework of an engine says in a subclass what it does beside."""
+
+    parameters: Sequence[Parameter]
+    optimizers: Sequence[Optimizer]
+    config: AGCConfig
+
+    def attached(self, hook: Any) -> None:
+        """AGC is on; ``hook`` is its handle."""
+
+    def before_clip(self, optimizer: Optimizer) -> None:
+        """``optimizer`` is about to step, and its gradients to be clipped."""
+
+    def removed(self) -> None:
+        """AGC is off: everything is again what it was."""
+
+
+def group_axis(group: Any) -> Axis:
+    """The ranks of a process group that this rank is in; None is all of them."""
+    ranks = tuple(dist.get_process_group_ranks(group or dist.group.WORLD))
+    return Axis(ranks, ranks.index(dist.get_rank()), group or dist.group.WORLD)
+
+
+def is_a(thing: object, *names: str) -> bool:
+    """Whether its class, or one that this derives from, is called so. No library is imported to find out."""
+    return any(kind.__name__ in names for kind in type(thing).__mro__)

@@ -1,0 +1,349 @@
+"""DeepSpeed: ZeRO 0 to 3, BF16_Optimizer and the FP16 optimizers, by the fp32 tensors that the base optimizer steps on.
+
+ZeRO 1 and 2, BF16_Optimizer and FP16_Optimizer flatten a parameter group and cut the whole; ZeRO 3 cuts every parameter
+by itself and lays the pieces of a sub-group side by side. Either way one rank holds one interval of each parameter.
+
+Private to DeepSpeed and read here only, each checked when it is read: the lists of flat tensors and of parameters
+below, ``_config.gradient_clipping``, ``clip_grad``, and the flags that say that a step goes another way.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, ClassVar
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ..config import AGCConfig, block_of, merged
+from ..model.blocks import Axis
+from ..model.names import Entry, entries
+from ..model.parameter import Parameter
+from ._flat import ALONE, FlatInterval, Span
+from .base import Attachment, Framework, group_axis, is_a
+
+SUPPORTED = "DeepSpeed 0.19 (tested with 0.19.8)"
+BLOCK = "adaptive_gradient_clipping"
+
+_EXPERT = re.compile(r"(.*?deepspeed_experts\.)(\d+)(?=\.)")  # the name of a list of experts, and the place in it
+
+
+class DeepSpeed(Framework):
+    wrapped = {"DeepSpeedEngine": "module", "PipelineEngine": "module"}
+
+    def steps(self, model: object) -> bool:
+        return is_a(model, "DeepSpeedEngine")
+
+    def refuses(self, tensor: Tensor) -> str | None:
+        if hasattr(tensor, "ds_id") or hasattr(tensor, "_hp_mapping"):
+            return (
+                "is sharded by DeepSpeed: pass the engine, dist_agc.attach(engine), so that clipping runs on the fp32 "
+                "partitions inside engine.step()"
+            )
+        return None
+
+    def attachment(
+        self, engine: Any, optimizer: Any, config: AGCConfig | None, options: Mapping[str, Any]
+    ) -> Attachment:
+        """Settings are the block of the engine's JSON config, and ``config`` or ``options`` beside it.
+
+        The option ``norm_clipping``: None switches off a ``gradient_clipping`` that the JSON does not mention and keeps
+        one that it does, either with a warning. True keeps it, False switches it off, both silently.
+        """
+        if not any(optimizer is known for known in (None, engine.optimizer, engine.basic_optimizer)):
+            raise TypeError("attach(engine) takes no optimizer: it clips in the step of the engine's own.")
+        block = read_block(engine.config)
+        if block is not None and not block.pop("enabled"):
+            raise ValueError(
+                f'the config says "{BLOCK}": {{"enabled": false}}: say true, or do not call attach. '
+                "dist_agc.integrations.deepspeed.initialize obeys either."
+            )
+        options = dict(options)
+        norm_clipping = options.pop("norm_clipping", None)
+        settings = merged(block or {}, config, options, f'the DeepSpeed config\'s "{BLOCK}"')
+        return _Engine(parameters(engine), optimizers(engine), settings, engine, norm_clipping)
+
+
+def read_block(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The block of a DeepSpeed config, checked, with ``"enabled"``; None where there is none. Raises as `block_of`."""
+    return block_of(config, BLOCK, "the DeepSpeed config")
+
+
+@dataclass
+class _Engine(Attachment):
+    engine: Any
+    norm_clipping: bool | None
+
+    def __post_init__(self) -> None:
+        self._known = {id(p.tensor) for p in self.parameters}
+        self._norm_clip, self._load = norm_clip(self.engine), self.engine.load_checkpoint
+
+    def attached(self, hook: Any) -> None:
+        """DeepSpeed's own default of 1.0 must not silently stack on AGC; what the user asked for stays."""
+        keep = "gradient_clipping" in self.engine.config if self.norm_clipping is None else self.norm_clipping
+        if keep:
+            text = (
+                f"gradient_clipping = {self._norm_clip} is kept, and clips the norm of all gradients before AGC sees "
+                'them; "gradient_clipping": 0.0 leaves the clipping to AGC.'
+            )
+        else:
+            set_norm_clip(self.engine, 0.0)
+            text = f"gradient_clipping is 0.0 instead of DeepSpeed's default {self._norm_clip}: AGC clips."
+        if self.norm_clipping is None and self._norm_clip > 0:
+            import deepspeed
+
+            # A warning, since DeepSpeed's logger shows nothing below one unless it is told to.
+            deepspeed.utils.log_dist(f"dist_agc: {text}", ranks=[0], level=logging.WARNING)  # pyright: ignore[reportCallIssue]
+        self.engine.load_checkpoint = self._load_checkpoint
+        self.engine.agc = hook
+
+    def _load_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
+        """``engine.load_checkpoint``, after which the norm to clip to is what it was, not what the checkpoint says."""
+        settled = norm_clip(self.engine)
+        try:
+            return self._load(*args, **kwargs)
+        finally:
+            set_norm_clip(self.engine, settled)
+
+    def before_clip(self, optimizer: Optimizer) -> None:
+        """Raises RuntimeError where the optimizer holds a gradient that the engine did not have at ``attach``."""
+        first, *second = self.optimizers
+        for copies in second:  # ZeRO 3 makes their first group anew from the settings that Adam knows: no thresholds
+            for group, copy in zip(first.param_groups, copies.param_groups, strict=True):
+                if "clipping_threshold" in group:
+                    copy["clipping_threshold"] = group["clipping_threshold"]
+        for tensor in (p for group in optimizer.param_groups for p in group["params"]):
+            if tensor.grad is not None and id(tensor) not in self._known:
+                raise RuntimeError(
+                    f"the optimizer steps on a tensor of shape {tuple(tensor.shape)} that AGC does not know, so it "
+                    "would not be clipped: parameters were added or made anew after AGC was attached. Call "
+                    "engine.agc.remove() and dist_agc.attach(engine) after such a change."
+                )
+
+    def removed(self) -> None:
+        set_norm_clip(self.engine, self._norm_clip)
+        self.engine.load_checkpoint = self._load
+        self.engine.agc = None
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Partition(FlatInterval):
+    """This rank's interval of one parameter in the fp32 tensor that the base optimizer steps on."""
+
+    framework: ClassVar[str] = "DeepSpeed (fp32 partitions)"
+
+    def local(self, tensor: Tensor) -> Tensor:
+        flat = tensor.view(-1)
+        if len(flat) < self.span.offset + self.span.numel:
+            raise ValueError(
+                f"the fp32 partition with parameter {self.name!r} is not in memory: it has {len(flat)} elements. Clip "
+                "inside engine.step(), where DeepSpeed has brought it back, as dist_agc.attach(engine) does."
+            )
+        return flat
+
+
+class _Whole(Parameter):
+    framework: ClassVar[str] = "DeepSpeed (whole on every rank)"
+
+
+def parameters(engine: Any) -> list[Parameter]:
+    """The parameters of an engine, on the tensors that its base optimizer steps on.
+
+    Raises ValueError for a way of training in which AGC would not reach every gradient, or would see something else.
+    """
+    if reason := _refused(engine):
+        raise ValueError(f"AGC cannot be attached to this DeepSpeed engine: {reason}.")
+    names, way = _Names(engine), _WAYS.get(type(engine.optimizer).__name__, _plain)
+    found = [parameter for held in way(engine.optimizer) for parameter in _spread(names, held)]
+    # Frozen parameters are in no optimizer; they are listed so that patterns may name them.
+    return found + [Partition.of(entry, _shape(entry.tensor), span=Span()) for entry in names.left.values()]
+
+
+def optimizers(engine: Any) -> list[Optimizer]:
+    """Those whose ``step`` the engine calls; not always ``engine.basic_optimizer``, since ZeRO remakes Adagrad."""
+    if isinstance(engine.optimizer, Optimizer):
+        return [engine.optimizer]
+    inner = [_read(engine.optimizer, "optimizer")]
+    if hasattr(engine.optimizer, "backup_optimizer"):  # ZeRO 3 with an offload ratio below 1: on the accelerator
+        inner.append(engine.optimizer.backup_optimizer)
+    return inner
+
+
+def norm_clip(engine: Any) -> float:
+    """The norm that DeepSpeed itself clips to; 0 is off."""
+    return float(getattr(engine.optimizer, "clip_grad", engine.gradient_clipping()) or 0.0)
+
+
+def set_norm_clip(engine: Any, value: float) -> None:
+    _read(engine, "_config").gradient_clipping = value
+    if hasattr(engine.optimizer, "clip_grad"):
+        engine.optimizer.clip_grad = value
+
+
+def _read(owner: Any, attribute: str) -> Any:
+    """A private attribute of DeepSpeed; RuntimeError where its insides are not the known ones."""
+    try:
+        return getattr(owner, attribute)
+    except AttributeError:
+        import deepspeed
+
+        raise RuntimeError(
+            f"dist_agc reads {type(owner).__name__}.{attribute}, which DeepSpeed {deepspeed.__version__} does not "
+            f"have; supported is {SUPPORTED}."
+        ) from None
+
+
+def _refused(engine: Any) -> str | None:
+    """Why the step goes another way, so that nothing is ever silently left unclipped; None where it does not."""
+    optimizer = engine.optimizer
+    kind = type(optimizer).__name__
+    base = getattr(optimizer, "optimizer", optimizer)
+    if is_a(engine, "PipelineEngine"):
+        return "pipeline parallelism is not supported: a stage knows nothing of the other stages' units"
+    if optimizer is None or kind in ("DummyOptim", "DeepSpeedZeRoOffload") or type(base).__name__ == "DummyOptim":
+        return "it has no optimizer: pass one to initialize, or name one in the config"
+    if getattr(optimizer, "zenflow", False):
+        return (
+            "ZenFlow updates selected channels outside of the base optimizer's step: remove zero_optimization.zenflow"
+        )
+    if kind == "SuperOffloadOptimizer_Stage3":
+        return "SuperOffload steps in another process: remove offload_optimizer.super_offload"
+    if kind not in _WAYS and not isinstance(optimizer, Optimizer):
+        return f"{kind} is not a way of stepping that dist_agc knows; supported is {SUPPORTED}"
+    if not hasattr(base, "register_step_pre_hook"):
+        return f"the base optimizer {type(base).__name__} takes no step hooks: derive it from torch.optim.Optimizer"
+    if type(base).__module__.startswith("deepspeed.runtime.fp16.onebit"):
+        return f"{type(base).__name__} exchanges compressed momenta instead of reducing gradients"
+    if any(group.get("use_muon", False) for group in base.param_groups):
+        return "Muon hands the base optimizer orthogonalised updates, which are no gradients"
+    if getattr(optimizer, "fused_adam_legacy", False) or getattr(optimizer, "fused_lamb_legacy", False):
+        return (
+            "the legacy fused fp16 step hands gradients past the parameters: set the optimizer's legacy_fusion to false"
+        )
+    if getattr(optimizer, "torch_autocast_gradscaler", None) is not None:
+        return (
+            "the GradScaler of torch_autocast in float16 lets each rank decide by itself whether to step, so that one "
+            "would wait for another: use bfloat16, or DeepSpeed's own fp16"
+        )
+    mpu, sliced = engine.mpu, getattr(engine, "autotp_size", int)
+    if mpu is not None and not hasattr(mpu, "initialize_sequence_parallel"):
+        sliced = mpu.get_model_parallel_world_size
+    if sliced() > 1:
+        return "tensor parallelism under DeepSpeed is not supported: its shards do not say how they cut a row"
+    if any(getattr(p, "ds_zero_placement_family", None) == "autoep_expert" for p in engine.module.parameters()):
+        return "AutoEP experts under ZeRO 3 are not supported: use ZeRO 1 or 2"
+    return None
+
+
+class _Names:
+    """The entries of an engine's parameters, and names for experts. ``left``: by id, those that nobody took yet."""
+
+    def __init__(self, engine: Any) -> None:
+        self.left = {id(entry.tensor): entry for entry in entries(engine.module)}
+        self._local: dict[str, int] = {}  # how many experts this rank holds, by the name of their list
+        for found in filter(None, (_EXPERT.match(entry.name) for entry in self.left.values())):
+            self._local[found[1]] = max(self._local.get(found[1], 0), int(found[2]) + 1)
+
+    def take(self, parameter: Tensor) -> Entry:
+        if id(parameter) not in self.left:
+            raise ValueError(
+                f"the optimizer holds a parameter of shape {_shape(parameter)} that is not in the engine's module."
+            )
+        return self.left.pop(id(parameter))
+
+    def expert(self, entry: Entry, expert_rank: int) -> Entry:
+        """The parameter that an expert-parallel rank has where this rank has ``entry``."""
+        matches = [(name, _EXPERT.match(name)) for name in entry.names]
+        names = [
+            f"{m[1]}{self._local[m[1]] * expert_rank + int(m[2])}{name[m.end() :]}" if m else f"{name}@{expert_rank}"
+            for name, m in matches
+        ]
+        return replace(entry, names=tuple(names))
+
+
+def _shape(parameter: Tensor) -> tuple[int, ...]:
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+# A parameter; the tensor that holds this rank's part of it; which part that is, None where the tensor is the whole of
+# it; the ranks that hold the other parts, None where every data-parallel rank holds all of it.
+_Held = tuple[Tensor, Tensor, Span | None, Axis | None]
+
+
+def _spread(names: _Names, held: _Held) -> Iterator[Parameter]:
+    """What this rank steps on of one parameter.
+
+    An expert of another expert-parallel rank is a parameter of its own. Every rank lists all of them, those of other
+    ranks with nothing in them: they are cut alike, so one collective over the data-parallel ranks serves every expert
+    and the statistics cover all of them.
+    """
+    parameter, tensor, span, axis = held
+    entry, shape = names.take(parameter), _shape(parameter)
+    if getattr(parameter, "allreduce", True):  # no expert
+        if span is None:
+            yield _Whole.of(entry, shape, tensor=tensor)
+        else:
+            yield Partition.of(entry, shape, tensor=tensor, span=span, axis=axis or ALONE)
+        return
+    from deepspeed.utils import groups
+
+    span = span or Span(0, tensor.numel())
+    experts = group_axis(_read(groups, "_get_expert_parallel_group")(_read(parameter, "group_name")))
+    for rank in range(experts.size):
+        here = span if rank == experts.rank else Span(bounds=span.bounds)
+        yield Partition.of(names.expert(entry, rank), shape, tensor=tensor, span=here, axis=axis or experts)
+
+
+def _partitions(groups: str, flats: str, optimizer: Any) -> Iterator[_Held]:
+    """Groups of parameters laid end to end, padded, and cut into one partition a rank."""
+    axis = group_axis(_read(optimizer, "dp_process_group"))
+    cut_over = _read(optimizer, "real_dp_process_group")  # experts have fewer data-parallel ranks
+    for i, (group, flat) in enumerate(zip(_read(optimizer, groups), _read(optimizer, flats), strict=True)):
+        index, starts = group_axis(cut_over[i]).rank, [0, *itertools.accumulate(p.numel() for p in group)][:-1]
+        if hasattr(optimizer, "round_robin_bit16_offsets"):  # parameters may be aligned, with padding between them
+            starts = optimizer.round_robin_bit16_offsets[i]
+        for parameter, at in zip(group, starts, strict=True):
+            yield parameter, flat, Span.cut(parameter.numel(), at, flat.numel(), index), axis
+
+
+def _stage_3(optimizer: Any) -> Iterator[_Held]:
+    flats = _read(optimizer, "fp32_partitioned_groups_flat")
+    for group, flat in zip(_read(optimizer, "fp16_groups"), flats, strict=True):
+        base = 0
+        for parameter in group:
+            axis = group_axis(_read(parameter, "ds_process_group"))
+            size = _read(parameter, "partition_numel")()
+            yield parameter, flat, Span.cut(_read(parameter, "ds_numel"), 0, size, axis.rank, base), axis
+            base += size
+
+
+def _fp16_fused(optimizer: Any) -> Iterator[_Held]:
+    for group, flat in zip(_read(optimizer, "fp16_groups"), _read(optimizer, "fp32_groups_flat"), strict=True):
+        at = 0
+        for parameter in group:
+            yield parameter, flat, Span(0, parameter.numel(), at), None
+            at += parameter.numel()
+
+
+def _fp16_unfused(optimizer: Any) -> Iterator[_Held]:
+    for group, masters in zip(_read(optimizer, "fp16_groups"), _read(optimizer, "fp32_groups"), strict=True):
+        yield from ((parameter, master, None, None) for parameter, master in zip(group, masters, strict=True))
+
+
+def _plain(optimizer: Any) -> Iterator[_Held]:
+    return ((parameter, parameter, None, None) for group in optimizer.param_groups for parameter in group["params"])
+
+
+_WAYS: dict[str, Callable[[Any], Iterator[_Held]]] = {
+    # Not param._hp_mapping: with round-robin gradients it keeps the order of the group, which is not that of the flat.
+    "DeepSpeedZeroOptimizer": partial(_partitions, "round_robin_bit16_groups", "single_partition_of_fp32_groups"),
+    "DeepSpeedZeroOptimizer_Stage3": _stage_3,
+    "BF16_Optimizer": partial(_partitions, "bf16_groups", "fp32_groups_flat_partition"),
+    "FP16_Optimizer": _fp16_fused,
+    "FP16_UnfusedOptimizer": _fp16_unfused,
+}

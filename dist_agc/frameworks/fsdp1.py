@@ -1,0 +1,160 @@
+"""FSDP1: parameters flattened one after another and cut into equal shards, anywhere within a row.
+
+Private to torch and read here only: ``FullyShardedDataParallel._handle`` and the flat parameter's metadata, as they are
+in torch 2.6 to 2.13.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..model.names import Entry, joined, made_for, module_paths
+from ..model.parameter import Parameter
+from ..model.units import UnitRule
+from ._flat import ALONE, FlatInterval, Span
+from .base import Framework, group_axis, is_a
+
+_CLASS = "FullyShardedDataParallel"
+_METADATA = (  # of a flat parameter
+    *("_param_infos", "_shapes", "_strides", "_numels", "_numels_with_padding", "_is_padding_mask"),
+    *("_shared_param_infos", "_param_extensions", "_sharded_size", "_params"),
+)
+
+
+class FSDP1(Framework):
+    wrapped = {_CLASS: "_fsdp_wrapped_module"}
+
+    def claim(self, model: nn.Module | None, entries: Sequence[Entry]) -> tuple[list[Parameter], list[Entry]]:
+        modules = [] if model is None else [m for m in model.modules() if is_a(m, _CLASS)]
+        if model is None or not modules:
+            return [], list(entries)
+        paths: dict[int, list[str]] = {}
+        for path, module in module_paths(model):
+            paths.setdefault(id(module), []).append(path)
+        known = {id(entry.tensor): entry for entry in entries}
+        made = made_for(model)
+        found = [p for module in modules for p in _parameters(module, known, paths, made)]
+        mine = {id(p.tensor) for p in found}
+        return found, [entry for entry in entries if id(entry.tensor) not in mine]
+
+    def refuses(self, tensor: Tensor) -> str | None:
+        if getattr(tensor, "_fsdp_flattened", False):
+            return (
+                "is a piece of an FSDP1 flat parameter, whose place only the module knows: pass the "
+                "FullyShardedDataParallel module itself, not its parameters"
+            )
+        return None
+
+    def not_in_backward(self, module: nn.Module) -> str | None:
+        if is_a(module, _CLASS):
+            return (
+                "FSDP1 hands over the gradients of its flat parameters when backward has ended; use FSDP2 (fully_shard)"
+            )
+        return None
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class FlatShard(FlatInterval):
+    """One original parameter inside a flat one.
+
+    ``tensor`` is the flat parameter, or with ``use_orig_params=True`` this rank's 1-D piece of the original one.
+    ``strides`` are those of the original parameter, which was flattened in the order of its memory. ``held``: elements
+    that the sharded tensor has.
+    """
+
+    strides: tuple[int, ...]
+    held: int
+
+    framework: ClassVar[str] = "FSDP1"
+
+    def local(self, tensor: Tensor) -> Tensor:
+        if tensor.numel() != self.held or tensor.ndim != 1:
+            raise ValueError(
+                f"FSDP1 parameter {self.name!r} is not sharded right now: expected a flat local tensor of {self.held} "
+                f"elements, got shape {tuple(tensor.shape)}. Clip outside of summon_full_params, and after a backward "
+                "that reduced the gradients (outside of no_sync)."
+            )
+        return tensor
+
+    def flattened(self, rule: UnitRule) -> UnitRule:
+        strides = (self.strides[0] * rule.shape[1], *self.strides) if rule.grouped else self.strides
+        order = sorted(range(len(rule.shape)), key=lambda d: (rule.shape[d] > 1, strides[d]), reverse=True)
+        return UnitRule(tuple(rule.shape[d] for d in order), tuple(i for i, d in enumerate(order) if d in rule.kept))
+
+
+class _Whole(Parameter):
+    """With NO_SHARD and ``use_orig_params=True`` the original parameters stay whole."""
+
+    framework: ClassVar[str] = "FSDP1"
+
+
+def _read(owner: Any, attribute: str) -> Any:
+    """A private attribute of torch's FSDP1."""
+    try:
+        return getattr(owner, attribute)
+    except AttributeError:
+        raise RuntimeError(
+            f"dist_agc reads the private {attribute!r} of FSDP1, which torch {torch.__version__} does not "
+            "have; supported are torch 2.6 to 2.13."
+        ) from None
+
+
+def _parameters(
+    module: nn.Module, known: dict[int, Entry], paths: dict[int, list[str]], made: dict[int, nn.Module]
+) -> Iterator[Parameter]:
+    """Those of one FSDP1 module.
+
+    All by ``id``. ``known``: entries, by their tensor. ``paths``: of every module. ``made``: see `made_for`.
+    """
+    handle = _read(module, "_handle")
+    if handle is None:
+        return
+    flat: Any = _read(handle, "flat_param")
+    meta = {attribute: _read(flat, attribute) for attribute in _METADATA}
+    if any(extension is not None for extension in meta["_param_extensions"]):
+        raise ValueError(
+            "FSDP1 over tensor-parallel DTensors is not supported by dist_agc: its flat parameters do not say how "
+            "the other mesh axis cuts a row. Use FSDP2 (fully_shard) with tensor parallel."
+        )
+    originals = meta["_params"]  # None without use_orig_params
+    sharded = bool(_read(handle, "uses_sharded_strategy"))
+    axis, copies = group_axis(_read(handle, "process_group")), ()
+    if not sharded:
+        axis, copies = ALONE, (axis,)
+    elif "HYBRID" in _read(module, "sharding_strategy").name:
+        copies = (group_axis(_read(module, "_inter_node_pg")),)
+    if originals is not None and not sharded:
+        yield from (_Whole.of(known[id(p)], copies=copies) for p in originals if id(p) in known)
+        return
+    held = meta["_sharded_size"].numel() if sharded else flat.numel()
+    starts = itertools.accumulate(meta["_numels_with_padding"], initial=0)
+    starts = [at for at, padding in zip(starts, meta["_is_padding_mask"], strict=False) if not padding]
+    for i, (info, at, numel) in enumerate(zip(meta["_param_infos"], starts, meta["_numels"], strict=True)):
+        span, tensor, entry = Span.cut(numel, at, held, axis.rank), flat, None
+        if originals is not None:  # a tensor of its own, of which it fills all
+            span, tensor = replace(span, offset=0), originals[i]
+            entry = known.get(id(tensor))
+        yield FlatShard.of(
+            entry or Entry(_names(info, meta, paths), tensor, made.get(id(info.module), info.module)),
+            meta["_shapes"][i],
+            copies=copies,
+            span=span,
+            axis=axis,
+            strides=tuple(meta["_strides"][i]),
+            held=held if originals is None else span.numel,
+        )
+
+
+def _names(info: Any, meta: dict[str, Any], paths: dict[int, list[str]]) -> tuple[str, ...]:
+    """The names of a parameter that only the flat parameter's metadata knows, ties included."""
+    owners = [(info.module, info.param_name)]
+    for shared in meta["_shared_param_infos"]:
+        if shared.prim_module is info.module and shared.prim_param_name == info.param_name:
+            owners.append((shared.module, shared.param_name))
+    return tuple(joined(path, attribute) for module, attribute in owners for path in paths[id(module)])

@@ -1,0 +1,45 @@
+"""Plain tensors: every rank holds all of the parameter, as in DDP and in one process."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from ..model.blocks import Axis
+from ..model.names import Entry
+from ..model.parameter import Parameter
+from .base import Framework, group_axis, is_a
+
+_NOT_FINAL = "DistributedDataParallel reduces gradients after the hooks of their parameters"
+
+
+class Plain(Framework):
+    wrapped = {"DistributedDataParallel": "module"}
+
+    def claim(self, model: nn.Module | None, entries: Sequence[Entry]) -> tuple[list[Parameter], list[Entry]]:
+        copies = {} if model is None else _copied(model)
+        return [Parameter.of(entry, copies=copies.get(id(entry.tensor), ())) for entry in entries], []
+
+    def not_in_backward(self, module: nn.Module) -> str | None:
+        # The second is what torch.distributed._composable.replicate makes of a module's class.
+        return _NOT_FINAL if is_a(module, "DistributedDataParallel", "DDP") else None
+
+
+def not_in_backward_of(parameters: Sequence[Tensor], things: Sequence[object]) -> str | None:
+    """The same, where one of ``things`` is a DistributedDataParallel of some of ``parameters``."""
+    ours = set(map(id, parameters))
+    wrappers = (thing for thing in things if issubclass(type(thing), nn.parallel.DistributedDataParallel))
+    held = (p for wrapper in wrappers for p in wrapper.parameters())  # type: ignore[attr-defined]
+    return _NOT_FINAL if any(id(p) in ours for p in held) else None
+
+
+def _copied(model: nn.Module) -> dict[int, tuple[Axis, ...]]:
+    """The ranks among which DistributedDataParallel keeps copies of a parameter, by its ``id``."""
+    wrappers = [m for m in model.modules() if isinstance(m, nn.parallel.DistributedDataParallel)]
+    return {
+        id(parameter): (axis,)
+        for wrapper, axis in [(w, group_axis(w.process_group)) for w in wrappers]
+        for name, parameter in wrapper.module.named_parameters()
+        if name not in wrapper.parameters_to_ignore
+    }

@@ -1,0 +1,1 @@
+"""A model as this rank sees it: names, unit rules, blocks and cuts. Integers only; nothing here communicates."""

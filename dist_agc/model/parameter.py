@@ -1,0 +1,112 @@
+"""One parameter as this rank sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor
+
+from .blocks import Axis, Pieces, sharded
+from .names import Entry
+from .units import UnitRule, default_rule
+
+P = TypeVar("P", bound="Parameter")
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Parameter:
+    """One parameter: its names, its units, and how this rank gets at what it holds of it.
+
+    This class is a parameter that the rank holds whole. Each framework that spreads parameters over ranks has a
+    subclass in `dist_agc.frameworks`.
+
+    Args:
+        names: see `Entry`.
+        tensor: what the optimizer holds: the parameter, or a flat tensor with many parameters in it.
+        shape: of the whole parameter, over all ranks.
+        default: the unit rule that its module gives it, so that nothing depends on the module later.
+        copies: along which axes every rank holds the same. Nothing is sent along them but the one check that ranks
+            agree, because copies that are clipped differently drift apart.
+    """
+
+    names: tuple[str, ...]
+    tensor: Tensor
+    shape: tuple[int, ...]
+    default: UnitRule
+    copies: tuple[Axis, ...] = ()
+
+    framework: ClassVar[str] = "whole on every rank (plain or DDP)"
+
+    @classmethod
+    def of(cls: type[P], entry: Entry, shape: Sequence[int] | None = None, **fields: Any) -> P:
+        """The parameter of an entry; ``shape`` where the tensor does not have that of the whole parameter."""
+        shape = tuple(entry.tensor.shape if shape is None else shape)
+        given = {"names": entry.names, "tensor": entry.tensor, "default": default_rule(shape, entry.module)}
+        return cls(shape=shape, **given | fields)
+
+    @property
+    def name(self) -> str:
+        return self.names[0]
+
+    @property
+    def numel(self) -> int:
+        """Elements of the whole parameter."""
+        return torch.Size(self.shape).numel()
+
+    @property
+    def trains(self) -> bool:
+        """Whether an optimizer would step it: torch steps whatever holds a gradient, frozen or not."""
+        return self.tensor.requires_grad or self.tensor.grad is not None
+
+    def local(self, tensor: Tensor) -> Tensor:
+        """The plain local tensor of ``tensor`` or of its gradient. Raises ValueError where it cannot be had now."""
+        return tensor
+
+    def weight(self) -> Tensor:
+        """This rank's weights, plain."""
+        return self.local(self.tensor)
+
+    def gradient(self) -> Tensor | None:
+        """The gradient of these, plain; None where there is none."""
+        grad = self.tensor.grad
+        return None if grad is None else self.local(grad)
+
+    def pieces(self, rule: UnitRule | None) -> Pieces:
+        """The blocks and cuts; without a rule (excluded) what adds up to the gradient norm.
+
+        Raises ValueError where it cannot be cut into these units.
+        """
+        return sharded(rule, self.shape)
+
+    # Some frameworks leave gradients of copies as each rank's share of a sum, for whoever steps to add up.
+
+    @property
+    def may_be_share(self) -> bool:
+        """Whether the gradient may come as this rank's share of a sum over some of ``copies``. From structure alone."""
+        return False
+
+    def pending(self) -> tuple[Axis, ...]:
+        """The axes along which the gradient that is there now still is a share of a sum."""
+        return ()
+
+    def settle(self, total: Tensor) -> None:
+        """Put the sum in the place of this rank's share, in the same memory."""
+        raise AssertionError(f"{self.name!r} has no shares")
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Unknown(Parameter):
+    """A parameter that cannot be clipped; an error only where it is trained (quantised base weights are not)."""
+
+    problem: str  # to go on after the parameter's name
+
+    framework: ClassVar[str] = "of a kind that dist_agc cannot clip"
+
+    def local(self, tensor: Tensor) -> Tensor:
+        raise ValueError(f"parameter {self.name!r} {self.problem}.")
+
+    def pieces(self, rule: UnitRule | None) -> Pieces:
+        raise ValueError(f"parameter {self.name!r} {self.problem}.")

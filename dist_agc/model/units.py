@@ -1,0 +1,123 @@
+"""What a unit is: which dims of a parameter number its units, by module type or by override."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from ..config import AGCConfig
+from .names import matching
+
+if TYPE_CHECKING:
+    from .parameter import Parameter
+
+
+@dataclass(frozen=True)
+class UnitRule:
+    """The units of one parameter.
+
+    ``shape`` is the parameter's global shape, but for a grouped ConvTranspose, whose dim 0 is seen as
+    (groups, in / groups). ``kept`` are the dims of ``shape`` that number the units; a norm sums over all others.
+
+    The canonical form is (batch, outer, units, inner): a unit is one (batch, unit) pair.
+
+    Example:
+        >>> UnitRule((8, 3, 5, 5), (0,)).canonical     # Conv2d: one unit per output channel
+        (1, 1, 8, 75)
+        >>> UnitRule((2, 3, 4, 5), (0, 2)).canonical   # ConvTranspose1d(6, 8, 5, groups=2)
+        (2, 3, 4, 5)
+        >>> UnitRule((7,), ()).canonical               # a bias: one unit
+        (1, 1, 1, 7)
+    """
+
+    shape: tuple[int, ...]
+    kept: tuple[int, ...]
+    grouped: bool = False
+
+    def __post_init__(self) -> None:
+        kept, ndim = self.kept, len(self.shape)
+        run = kept[self._leading :]
+        valid = tuple(sorted(set(kept))) == kept and all(0 <= d < ndim for d in kept)
+        if not valid or (run and run[-1] - run[0] >= len(run)):
+            raise ValueError(
+                f"the dims {kept} cannot number the units of a tensor of shape {self.shape}: they must be leading "
+                f"dims, then at most one run of neighbours, each below {ndim}."
+            )
+
+    @property
+    def _leading(self) -> int:
+        """How many of ``kept`` are the first dims of the shape."""
+        return next((i for i, d in enumerate(self.kept) if d != i), len(self.kept))
+
+    @property
+    def count(self) -> int:
+        """How many units the whole parameter has. A tensor without elements has none, whatever its shape."""
+        return math.prod(self.shape[d] for d in self.kept) if math.prod(self.shape) else 0
+
+    @property
+    def reduced(self) -> tuple[int, ...]:
+        """The dims that a norm sums over."""
+        return tuple(d for d in range(len(self.shape)) if d not in self.kept)
+
+    @property
+    def canonical(self) -> tuple[int, int, int, int]:
+        """Sizes (batch, outer, units, inner), whose product is the number of elements."""
+        leading, run = self._leading, self.kept[self._leading :]
+        # Leading dims alone are rows, without batch and outer.
+        a, b, c = (leading, run[0], run[-1] + 1) if run else (0, 0, leading)
+        shape = self.shape
+        return math.prod(shape[:a]), math.prod(shape[a:b]), math.prod(shape[b:c]), math.prod(shape[c:])
+
+
+def default_rule(shape: Sequence[int], module: nn.Module | None) -> UnitRule:
+    """The rule that a parameter of this shape has in a module of this type.
+
+    A module's other parameters (such as the magnitudes of ``weight_norm``) are told from its weight by their shape.
+    """
+    shape = tuple(shape)
+    if len(shape) <= 1:
+        return UnitRule(shape, ())
+    if isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
+        groups, inputs, outputs = module.groups, module.in_channels, module.out_channels
+        if shape == (inputs, outputs // groups, *module.kernel_size):
+            if groups > 1:
+                return UnitRule((groups, inputs // groups, *shape[1:]), (0, 2), grouped=True)
+            return UnitRule(shape, (1,))
+    # Looked up instead of imported: where a model has this module, transformers is loaded already.
+    conv1d = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
+    if conv1d is not None and isinstance(module, conv1d) and shape[1:] == (getattr(module, "nf", None),):
+        return UnitRule(shape, (1,))
+    return UnitRule(shape, (0,))
+
+
+def _override(parameter: Parameter, pattern: str, dims: tuple[int, ...]) -> UnitRule:
+    name, shape, ndim = parameter.name, parameter.shape, len(parameter.shape)
+    if any(not -ndim <= d < ndim for d in dims):
+        raise ValueError(f"units[{pattern!r}] = {dims}: parameter {name!r} of shape {shape} has no such dim.")
+    try:
+        return UnitRule(shape, tuple(sorted({d % ndim for d in dims})))
+    except ValueError as error:
+        raise ValueError(f"units[{pattern!r}], parameter {name!r}: {error}") from None
+
+
+def unit_rules(parameters: Sequence[Parameter], config: AGCConfig) -> list[UnitRule | None]:
+    """One rule per parameter, in order; None where ``config.exclude`` leaves the parameter alone.
+
+    Raises ValueError where a pattern matches nothing, or an override does not fit the parameter's shape.
+    """
+    names = [p.names for p in parameters]
+    rules = [p.default for p in parameters]
+    if config.units == "leading":
+        rules = [UnitRule(p.shape, (0,) if len(p.shape) > 1 else ()) for p in parameters]
+    elif isinstance(config.units, dict):
+        for pattern, dims in config.units.items():
+            assert isinstance(dims, tuple)  # AGCConfig made it one
+            for i in matching(pattern, names, "units"):
+                rules[i] = _override(parameters[i], pattern, dims)
+    excluded = {i for pattern in config.exclude for i in matching(pattern, names, "exclude")}
+    return [None if i in excluded else rule for i, rule in enumerate(rules)]

@@ -1,0 +1,1 @@
+"""Clipping rules: from the complete norms of units to the coefficients of their gradients. One file a rule."""
