@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from . import frameworks
 from .clipper import Clipper, group_thresholds, held
@@ -95,48 +95,68 @@ class AGCHook:
 
 # AGC warns of steps that it does not clip, though it is attached to the original of a copied optimizer, or to another
 # optimizer over the same parameters. A copy has lost its hooks (torch drops them) and still has its ``defaults``. These
-# carry a mark: an attribute of the dict and no entry in it, so that nothing else sees it.
-
-_attached: WeakKeyDictionary[Optimizer, bool] = WeakKeyDictionary()  # whether its steps clip, and not backward
-_looked_at: WeakSet[Optimizer] = WeakSet()
+# carry a mark: an attribute of the dict and no entry in it, so that nothing else sees it. Containers and wrappers step
+# one optimizer inside of another, so whether something was clipped is known when the step has ended.
 
 
-def _mark(optimizer: Optimizer, *, in_step: bool) -> None:
-    _attached[optimizer] = in_step
-    marked: Any = OrderedDict(optimizer.defaults)
-    marked.clipped_by = "dist_agc"
-    optimizer.defaults = marked
-    _looked_at.clear()
-    _watch_every_step()
+class _Steps:
+    """The steps of every optimizer in this process."""
 
+    def __init__(self) -> None:
+        self.attached: WeakKeyDictionary[Optimizer, bool] = WeakKeyDictionary()  # whether steps clip, and not backward
+        self.looked_at: WeakSet[Optimizer] = WeakSet()
+        self._began: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()  # the latest step's number
+        self._running: WeakSet[Optimizer] = WeakSet()
+        self._number = 0
+        register_optimizer_step_pre_hook(self._before)
+        register_optimizer_step_post_hook(self._after)
 
-def _unmark(optimizer: Optimizer) -> None:
-    _attached.pop(optimizer, None)
-    optimizer.defaults = dict(optimizer.defaults)
+    @torch._disable_dynamo  # pyright: ignore[reportPrivateImportUsage]
+    def _before(self, optimizer: Optimizer, *_: Any) -> None:
+        self._number += 1
+        self._began[optimizer] = self._number
+        self._running.add(optimizer)
+
+    @torch._disable_dynamo  # pyright: ignore[reportPrivateImportUsage]
+    def _after(self, optimizer: Optimizer, *_: Any) -> None:
+        self._running.discard(optimizer)
+        if optimizer in self.attached or optimizer in self.looked_at:
+            return
+        self.looked_at.add(optimizer)
+        came, mine = self._began.get(optimizer, 0), set(map(id, held(optimizer)))
+        in_step = (one for one, clips in self.attached.items() if clips)
+        clipping = [one for one in in_step if not mine.isdisjoint(map(id, held(one)))]
+        if hasattr(optimizer.defaults, "clipped_by"):
+            what = "is a copy of one that AGC is attached to (copied or unpickled: torch leaves hooks behind)"
+        elif clipping and not any(one in self._running or self._began.get(one, 0) > came for one in clipping):
+            what = "steps parameters that another optimizer holds, and AGC is attached to that one"
+        else:
+            return
+        warnings.warn(
+            f"this {type(optimizer).__name__} {what}, so its gradients are not clipped: call "
+            "dist_agc.attach(model, optimizer) for it, after .remove() on the handle of an optimizer that it replaces.",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 @cache
-def _watch_every_step() -> None:
-    register_optimizer_step_pre_hook(_before_any_step)
+def _steps() -> _Steps:
+    """Made at the first `attach`: a process that never calls it has no hooks of ours."""
+    return _Steps()
 
 
-def _before_any_step(optimizer: Optimizer, *_: Any) -> None:
-    if optimizer in _attached or optimizer in _looked_at:
-        return
-    _looked_at.add(optimizer)
-    clipped = {id(p) for one, in_step in _attached.items() if in_step for p in held(one)}
-    if hasattr(optimizer.defaults, "clipped_by"):
-        what = "is a copy of one that AGC is attached to (copied or unpickled: torch leaves hooks behind)"
-    elif not clipped.isdisjoint(map(id, held(optimizer))):
-        what = "steps parameters that another optimizer holds, and AGC is attached to that one"
-    else:
-        return
-    warnings.warn(
-        f"this {type(optimizer).__name__} {what}, so its gradients are not clipped: call "
-        "dist_agc.attach(model, optimizer) for it, after .remove() on the handle of an optimizer that it replaces.",
-        UserWarning,
-        stacklevel=3,
-    )
+def _mark(optimizer: Optimizer, *, in_step: bool) -> None:
+    _steps().attached[optimizer] = in_step
+    _steps().looked_at.clear()
+    marked: Any = OrderedDict(optimizer.defaults)
+    marked.clipped_by = "dist_agc"
+    optimizer.defaults = marked
+
+
+def _unmark(optimizer: Optimizer) -> None:
+    _steps().attached.pop(optimizer, None)
+    optimizer.defaults = dict(optimizer.defaults)
 
 
 def attach(
@@ -187,12 +207,13 @@ def attach(
         optimizers = [] if during_backward and optimizer is None else _optimizers(optimizer)
         attachment = Attachment(frameworks.parameters(model), optimizers, settings)
     elif during_backward:
-        raise ValueError("during_backward=True is not for an engine: AGC runs inside of engine.step() there.")
+        name = type(framework).__name__
+        raise ValueError(f"during_backward=True is not for {name}: AGC runs inside of engine.step() there.")
     else:
         attachment = framework.attachment(model, frameworks.unwrapped(optimizer), config, options)
     clipper = Clipper.of(attachment.parameters, attachment.config)
     for one in attachment.optimizers:
-        if one in _attached:
+        if one in _steps().attached:
             raise ValueError(
                 f"AGC is attached to this {type(one).__name__} already: call .remove() on the first handle to attach "
                 "with other settings."

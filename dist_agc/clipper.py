@@ -89,7 +89,7 @@ class Clipper:
 
     def clip(
         self,
-        tensors: Iterable[Tensor] | None = None,
+        holders: Iterable[Tensor] | None = None,
         *,
         clipping_threshold: float | None = None,
         thresholds: Mapping[int, float | None] | None = None,
@@ -98,9 +98,9 @@ class Clipper:
         """Clip every gradient in place, between backward and the optimizer's update. All ranks must call it.
 
         Args:
-            tensors: clip only the gradients of these (those that one optimizer holds).
+            holders: clip only the gradients of these tensors (those that one optimizer holds).
             clipping_threshold: in place of the config's, in this call.
-            thresholds: by ``id`` of such a tensor, a threshold in place of both; None does not clip it.
+            thresholds: by ``id`` of a holder, a threshold in place of both; None does not clip it.
             grad_scale: the loss scale that the gradients still carry; they are judged as if divided by it.
 
         Returns:
@@ -110,12 +110,13 @@ class Clipper:
             ValueError: a gradient that does not lie as its parameter does.
             FloatingPointError: on every rank, with ``on_nonfinite="raise"`` and a gradient that is not finite.
             RuntimeError: ranks are set up differently (checked at the first call).
-            After any of these no gradient was changed.
+
+        After any of these errors no gradient was changed.
         """
         if clipping_threshold is not None:
             clipping_threshold = check_threshold(clipping_threshold)
         with torch.no_grad(), torch.profiler.record_function("dist_agc::clip"):
-            return self.execution(tensors).clip(thresholds or {}, grad_scale, clipping_threshold)
+            return self.execution(holders).clip(thresholds or {}, grad_scale, clipping_threshold)
 
 
 # The last plan of every model that `apply_agc` has seen, for as long as the model lives.

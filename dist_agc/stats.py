@@ -100,7 +100,7 @@ class ClipStats:
             name: ParameterStats(units, *row) for (name, units), row in zip(self._units.items(), columns, strict=True)
         }
 
-    def as_tensors(self, *, per_parameter: bool = False) -> dict[str, Tensor]:
+    def _as_tensors(self, *, per_parameter: bool = False) -> dict[str, Tensor]:
         """As `as_dict`, but without ``agc/units``, which is no tensor, and without waiting for the device."""
         names = ("clipped_units", "clip_fraction", "nonfinite_units", "grad_norm", "max_ratio")
         values = {f"agc/{name}": getattr(self, name) for name in names}
@@ -116,7 +116,7 @@ class ClipStats:
             per_parameter: add ``agc/clip_fraction/NAME`` and ``agc/grad_norm/NAME`` of every governed parameter.
         """
         here = ClipStats(self._units, self._sums.cpu(), self.max_ratio.cpu())  # one copy, not one for each number
-        values = here.as_tensors(per_parameter=per_parameter)
+        values = here._as_tensors(per_parameter=per_parameter)
         return {"agc/units": float(self.units), **{name: float(value) for name, value in values.items()}}
 
     def __repr__(self) -> str:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import dist_agc
-from dist_agc.console import require
+from dist_agc.lab.console import require
 from dist_agc.lab.tasks import Task, load
 
 # What every launcher here tells each process.

@@ -142,7 +142,7 @@ def on_two_devices(layers: int, **options: Any) -> Kernels:
 def test_weights_on_two_devices_are_copied_together(on_nonfinite: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Norms there, coefficients back: one copy each, however many tensors there are, and no wait but for those."""
     # What it would read from the CPU: how many units of each block were clipped. Fake tensors have no values.
-    monkeypatch.setattr(kernels._OnDevice, "_counts", lambda self, mask: [1] * len(self.blocks))
+    monkeypatch.setattr(kernels.Scaling, "_counts", lambda self, mask: [1] * len(self.blocks))
     few, many = (on_two_devices(layers, on_nonfinite=on_nonfinite) for layers in (3, 12))
     assert len(many.names) > len(few.names) + 18
     assert few.copies == many.copies and few.waits == many.waits

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from typer.testing import CliRunner
 
 from dist_agc import cli
-from dist_agc.console import launch
+from dist_agc.lab.console import launch
 from dist_agc.lab.demo import MOST_PROCESSES
 from dist_agc.lab.tasks.digits import NFResNet, ScaledStdConv2d
 from dist_agc.lab.training import batches

@@ -28,7 +28,7 @@ def sections(page: str) -> dict[str, str]:
 
 # The command line reports mistakes in its own way; virtual.py serves it alone.
 ELSEWHERE = {
-    *(PACKAGE / name for name in ("cli", "conformance", "console", "lab")),
+    *(PACKAGE / name for name in ("cli", "conformance", "lab")),
     PACKAGE / "frameworks" / "virtual.py",
 }
 SOURCES = [path for path in sorted(PACKAGE.rglob("*.py")) if not ELSEWHERE & {path, *path.parents}]

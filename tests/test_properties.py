@@ -20,7 +20,7 @@ import dist_agc
 import oracle
 from dist_agc.engine.plan import Plan
 from dist_agc.frameworks._flat import FlatInterval, Span
-from dist_agc.model.blocks import Axis, Pieces, chunk, interval, sharded, whole
+from dist_agc.model.blocks import Axis, Pieces, chunk, interval, sharded
 from dist_agc.model.units import UnitRule
 from ranks import Given, Rank, Sliced, check_complete, flattened, labels, mesh_axes, reduce_all, sent, unit_of_place
 
@@ -240,7 +240,7 @@ def test_meshes_reduce_every_unit_and_count_it_once(case: Any, seed: int) -> Non
                     start, stop = chunk(held.shape[dim], axis.size, axis.rank)
                     held, marks = held.narrow(dim, start, stop - start), marks.narrow(dim, start, stop - start)
                     cuts.append((axis, dim))
-            pieces = sharded(rule, held.shape, cuts[::-1]) if cuts else whole(rule)
+            pieces = sharded(rule, held.shape, cuts[::-1])
             parameters_here.append(Given.of_pieces(f"p{i}", rule, pieces))
             local_values.append(held)
             local_labels.append(marks)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from ..console import SETTINGS, application, require
+from ..lab.console import SETTINGS, application, require
 
 # By name, the module. The demo has a room of its own: it needs tasks to train, the others take a user's model.
 COMMANDS = {"demo": "..lab.demo"} | {name: f".{name}" for name in ("check", "report", "advise", "bench", "plan")}

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
+from rich.console import Console
 
-from ..console import require
 from .runs import Counted, Run, read
+from .tables import table
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
-# (from this batch size on, threshold, who says so)
+# (from this batch size on, threshold, who says so); of the rows that fit a batch size, the first one is meant
 PUBLISHED = (
     (1024, "0.01", "Brock et al. 2021, for batches of 1024 to 4096"),
     (257, "up to 0.08", "Brock et al. 2021: slightly better than 0.01 for batches smaller than 1024"),
@@ -28,8 +26,7 @@ WARNING = (
 def command(
     files: Annotated[list[Path], typer.Argument(metavar="RUN.jsonl", help="One line of JSON per step.")],
     batch_size: Annotated[
-        int | None,
-        typer.Option(min=1, help="Samples in one step, over all processes: marks the row that fits."),
+        int | None, typer.Option(min=1, help="Samples in one step, over all processes: marks the row that fits.")
     ] = None,
 ) -> None:
     """Show what share of units each threshold would clip, from the ratios that a run has counted.
@@ -37,31 +34,22 @@ def command(
     Best from a run that clips nothing, [dim]AGCConfig(dry_run=True)[/dim], that writes [dim]dist_agc.ratios(model)
     .as_dict()[/dim] every 100 steps or so: docs/logging.md.
     """
-    require("cli", "rich")
-    from rich.console import Console
-
     console = Console(highlight=False)
-    found = False
-    for run in read(files):
-        counted = run.ratios()
-        if counted.parameters:
-            found = True
-            console.print(_table(run, counted))
-    if not found:
+    measured = [(run, counted) for run in read(files) if (counted := run.ratios()).parameters]
+    if not measured:
         raise typer.BadParameter(
             "no line has agc/ratios: write dist_agc.ratios(model).as_dict() before clipping, every 100 steps or so."
         )
-    for least, threshold, source in PUBLISHED:
-        fits = batch_size is not None and batch_size >= least and not _larger(batch_size, least)
-        console.print(f"{'→' if fits else ' '} {threshold:<13} {source}", style="bold" if fits else None)
+    for run, counted in measured:
+        _print(console, run, counted)
+    fitting = next((row for row in PUBLISHED if batch_size is not None and batch_size >= row[0]), None)
+    for row in PUBLISHED:
+        _, threshold, source = row
+        arrow, style = ("→", "bold") if row is fitting else (" ", None)
+        console.print(f"{arrow} {threshold:<13} {source}", style=style)
     if batch_size is not None and batch_size > 4096:
         console.print("  Nothing was published for batches above 4096.")
-    console.print(f"\n{WARNING}", soft_wrap=False)
-
-
-def _larger(batch_size: int, least: int) -> bool:
-    """Whether a row for larger batches fits too."""
-    return any(other > least and batch_size >= other for other, _, _ in PUBLISHED)
+    console.print(f"\n{WARNING}")
 
 
 def shares(counted: Counted) -> list[tuple[float, float, float]]:
@@ -74,17 +62,13 @@ def shares(counted: Counted) -> list[tuple[float, float, float]]:
     ]
 
 
-def _table(run: Run, counted: Counted) -> Table:
-    from rich.table import Table
-
+def _print(console: Console, run: Run, counted: Counted) -> None:
     title = f"{run.name}: {counted.lines} steps measured, {counted.totals()[0] // counted.lines:,} units"
     if counted.left_out:
         title += f"; {counted.left_out} with other thresholds left out"
-    table = Table(title=title)
-    for heading in ("threshold", "units clipped", "parameters touched"):
-        table.add_column(heading, justify="right")
-    table.add_column("")
+    rows = []
     for value, of_units, of_parameters in shares(counted):
-        used = "← this run's" if run.threshold is not None and abs(run.threshold / value - 1) < 1e-6 else ""
-        table.add_row(f"{value:.4g}", f"{of_units:.2%}", f"{of_parameters:.0%}", used or "▇" * round(20 * of_units))
-    return table
+        own = run.threshold is not None and abs(run.threshold / value - 1) < 1e-6
+        note = "← this run's" if own else "▇" * round(20 * of_units)
+        rows.append((f"{value:.4g}", f"{of_units:.2%}", f"{of_parameters:.0%}", note))
+    console.print(table(title, ["threshold", "units clipped", "parameters touched", ""], rows, left=[""]))

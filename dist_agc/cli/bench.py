@@ -8,38 +8,47 @@ import platform
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import BadParameter, Exit, Option
 
-from ..console import launch, require
+from ..lab.console import launch, require
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from ..lab.timing import Method
 
+# By heading: see `Columns`.
+COLUMNS = {
+    "": ("method", 1, ""),
+    "ms": ("ms", 1, ".2f"),
+    "/ norm": ("to_norm_clip", 1, ".2f"),
+    "/ floor": ("to_floor", 1, ".2f"),
+    "ops": ("operations", 1, ",.0f"),
+    "sends": ("collectives", 1, ".0f"),
+    "kB": ("bytes", 1e3, ",.1f"),
+    "MB": ("peak_extra_bytes", 1e6, ".2f"),
+}
 LAYOUTS = ("plain", "ddp", "fsdp1", "fsdp2", "hsdp", "tp+fsdp2", "zero1", "zero2", "zero3")
 
 
 def command(
-    model: Annotated[
-        str, typer.Option(help="gpt2-small, resnet50, or package.module:factory of a model.")
-    ] = "gpt2-small",
-    layout: Annotated[str, typer.Option(help=f"{', '.join(LAYOUTS[:-1])} or {LAYOUTS[-1]}.")] = "plain",
-    nproc: Annotated[int, typer.Option(min=1, help="Processes to start, where no launcher has.")] = 1,
+    model: Annotated[str, Option(help="gpt2-small, resnet50, or package.module:factory of a model.")] = "gpt2-small",
+    layout: Annotated[str, Option(help=f"{', '.join(LAYOUTS[:-1])} or {LAYOUTS[-1]}.")] = "plain",
+    nproc: Annotated[int, Option(min=1, help="Processes to start, where no launcher has.")] = 1,
     clipped: Annotated[
-        list[float] | None, typer.Option(min=0, max=1, help="Share of units that are clipped.  [default: 0, 0.05, 1]")
+        list[float] | None, Option(min=0, max=1, help="Share of units that are clipped.  [default: 0, 0.05, 1]")
     ] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Timed rounds; every method runs once in each.")] = 20,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of each process.  [default: torch's]")] = None,
+    rounds: Annotated[int, Option(min=1, help="Timed rounds; every method runs once in each.")] = 20,
+    threads: Annotated[int | None, Option(min=1, help="Threads of each process.  [default: torch's]")] = None,
     cpu_kernel: Annotated[
-        bool, typer.Option("--cpu-kernel", help="Time cpu_kernel=True as well; needs a C++ compiler.")
+        bool, Option("--cpu-kernel", help="Time cpu_kernel=True as well; needs a C++ compiler.")
     ] = False,
-    growth: Annotated[bool, typer.Option(help="Time against elements, tensors and ranks instead.")] = False,
-    scale: Annotated[float, typer.Option(min=0, help="With --growth: times the usual sizes.")] = 1.0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
-    out: Annotated[Path, typer.Option(help="Folder for the chart.", file_okay=False)] = Path("runs/bench"),
+    growth: Annotated[bool, Option(help="Time against elements, tensors and ranks instead.")] = False,
+    scale: Annotated[float, Option(min=0, help="With --growth: times the usual sizes.")] = 1.0,
+    as_json: Annotated[bool, Option("--json", help="Print JSON instead of tables.")] = False,
+    out: Annotated[Path, Option(help="Folder for the chart.", file_okay=False)] = Path("runs/bench"),
 ) -> None:
     """Time clip() against clip_grad_norm_, other implementations of AGC, and reading weights and gradients once.
 
@@ -59,36 +68,37 @@ def command(
     """
     require("cli", "matplotlib")
     if layout not in LAYOUTS:
-        raise typer.BadParameter(f"{layout!r} is not known; choose from: {', '.join(LAYOUTS)}.", param_hint="--layout")
+        raise BadParameter(f"{layout!r} is not known; choose from: {', '.join(LAYOUTS)}.", param_hint="--layout")
     if layout.startswith("zero"):
         require("deepspeed", "deepspeed")
     here = launch.place()
     if here is None and (nproc > 1 or layout != "plain") and not growth:
-        raise typer.Exit(launch.torchrun(sys.argv[1:], nproc))
+        raise Exit(launch.torchrun(sys.argv[1:], nproc))
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else every start of torch's profiler says so on stderr
     import torch
 
-    from ..console import display
     from ..engine import row_norms
-    from ..lab import charts
+    from ..lab import charts, growing
+    from ..lab.console import display
+    from ..lab.contenders import FLOOR
+    from .tables import of_records
 
     if cpu_kernel:
         try:
             row_norms.load()
         except RuntimeError as error:
-            raise typer.BadParameter(str(error), param_hint="--cpu-kernel") from None
+            raise BadParameter(str(error), param_hint="--cpu-kernel") from None
     if threads is not None:
         torch.set_num_threads(threads)
     out.mkdir(parents=True, exist_ok=True)
     if growth:
-        _growth(out / "growth.png", scale, as_json, display.console(here))
+        growing.show(out / "growth.png", scale, as_json, display.console(here))
         return
     with launch.process_group(here) if here is not None else nullcontext():
         rank, size = (here.rank, here.size) if here is not None else (0, 1)
         shown = display.console(here, stderr=True)
-        results = {
-            share: _run(model, layout, share, rounds, cpu_kernel, shown) for share in clipped or (0.0, 0.05, 1.0)
-        }
+        shares = clipped or (0.0, 0.05, 1.0)
+        results = {share: _run(model, layout, share, rounds, cpu_kernel, shown) for share in shares}
     if rank != 0:
         return
     title = f"{model}, {layout}, {size} process{'es' * (size > 1)} of {torch.get_num_threads()} threads"
@@ -98,73 +108,17 @@ def command(
     )
     path = out / f"{model.replace(':', '.')}-{layout}-{size}.png"
     charts.bars(results, path, title=title, subtitle=machine)
+    records = {share: [method.record(found, FLOOR) for method in found] for share, found in results.items()}
     if as_json:
-        shares = {str(share): [_record(m, found) for m in found] for share, found in results.items()}
-        print(json.dumps({"title": title, "machine": machine, "clipped": shares}))
-    else:
-        _print(results, title, machine, path, display.console(here))
-
-
-def _run(model: str, layout: str, share: float, rounds: int, cpu_kernel: bool, console: Console) -> list[Method]:
-    from ..config import AGCConfig
-    from ..console import display
-    from ..lab import contenders, shapes, synthetic, timing
-
-    config = AGCConfig(clipping_threshold=0.01, units=shapes.UNITS.get(model))
-    try:
-        weights, gradients = shapes.load(model, "cpu"), shapes.load(model, "cpu")
-        synthetic.fill(weights)
-        synthetic.turn_into_gradients(weights, gradients, share, config)
-        if layout.startswith("zero"):
-            found = contenders.in_steps(
-                synthetic.Engine(weights, gradients, int(layout[-1])), config, cpu_kernel=cpu_kernel
-            )
-        else:
-            weights, gradients = synthetic.sharded(weights, layout), synthetic.sharded(gradients, layout)
-            for parameter, gradient in zip(weights.parameters(), gradients.parameters(), strict=True):
-                parameter.grad = gradient.detach()
-            found = contenders.on_gradients(weights, layout, config, cpu_kernel=cpu_kernel)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
-    with display.work(console, f"{share:.0%} of units clipped", rounds + 2) as advance:
-        timing.time_together(found, rounds, advance)
-    return found
-
-
-def _record(method: Method, found: list[Method]) -> dict[str, Any]:
-    from ..lab.contenders import FLOOR
-
-    if method.call is None:
-        return {"method": method.name, "unavailable": method.reason}
-    beside = {"to_norm_clip": [m for m in found if m.baseline], "to_floor": [m for m in found if m.name == FLOOR]}
-    ratios = {name: method.ratio(others[0]) for name, others in beside.items() if others}
-    return {"method": method.name, "ms": 1e3 * method.typical, **ratios, **method.counts}
-
-
-def _print(results: dict[float, list[Method]], title: str, machine: str, path: Path, console: Console) -> None:
-    from .tables import table
-
-    # By heading: what it is called in a record, its unit, and how it is written.
-    columns = {
-        "ms": ("ms", 1, ".2f"),
-        "/ norm": ("to_norm_clip", 1, ".2f"),
-        "/ floor": ("to_floor", 1, ".2f"),
-        "ops": ("operations", 1, ",.0f"),
-        "sends": ("collectives", 1, ".0f"),
-        "kB": ("bytes", 1e3, ",.1f"),
-        "MB": ("peak_extra_bytes", 1e6, ".2f"),
-    }
+        print(json.dumps({"title": title, "machine": machine, "clipped": records}))
+        return
+    console = display.console(here)
     console.print(f"[bold]{title}[/bold]\n[dim]{machine}[/dim]")
-    for share, found in results.items():
-        rows = []
-        for method in found:
-            record = _record(method, found)
-            cells = [f"{record[n] / unit:{form}}" if n in record else "–" for n, unit, form in columns.values()]
-            rows.append([method.name, *cells])
-        console.print(table(f"{share:.0%} of units clipped", ["", *columns], rows))
-    for method in next(iter(results.values())):
-        if method.call is None:
-            console.print(f"[dim]{method.name}: {method.reason}[/dim]")
+    for share, rows in records.items():
+        console.print(of_records(f"{share:.0%} of units clipped", COLUMNS, rows))
+    for row in next(iter(records.values())):
+        if "unavailable" in row:
+            console.print(f"[dim]{row['method']}: {row['unavailable']}[/dim]")
     console.print(
         "ms: median. / norm and / floor: times that of clipping by the norm of all gradients and of reading W and G "
         "once, in the same round. Every 10: means over 10 calls, of which one measures weights. Kernel: with "
@@ -175,16 +129,26 @@ def _print(results: dict[float, list[Method]], title: str, machine: str, path: P
     console.print(f"Chart: {path}")
 
 
-def _growth(path: Path, scale: float, as_json: bool, console: Console) -> None:
-    from ..lab import charts
-    from ..lab.growing import curves
+def _run(model: str, layout: str, share: float, rounds: int, cpu_kernel: bool, console: Console) -> list[Method]:
+    from ..config import AGCConfig
+    from ..lab import contenders, shapes, synthetic, timing
+    from ..lab.console import display
 
-    found = curves(scale)
-    charts.growth(found, path)
-    if as_json:
-        print(json.dumps([{"against": c.against, "what": c.what, "points": c.points, "power": c.power} for c in found]))
-        return
-    for curve in found:
-        points = ", ".join(f"{size:,}: {seconds * 1e3:.2g} ms" for size, seconds in curve.points)
-        console.print(f"{curve.what:8} against {curve.against:12} grows with the power {curve.power:.2f}  ({points})")
-    console.print(f"Chart: {path}")
+    config = AGCConfig(clipping_threshold=0.01, units=shapes.UNITS.get(model))
+    try:
+        weights, gradients = shapes.load(model, "cpu"), shapes.load(model, "cpu")
+        synthetic.fill(weights)
+        synthetic.turn_into_gradients(weights, gradients, share, config)
+        if layout.startswith("zero"):
+            engine = synthetic.Engine(weights, gradients, int(layout[-1]))
+            found = contenders.in_steps(engine, config, cpu_kernel=cpu_kernel)
+        else:
+            weights, gradients = synthetic.sharded(weights, layout), synthetic.sharded(gradients, layout)
+            for parameter, gradient in zip(weights.parameters(), gradients.parameters(), strict=True):
+                parameter.grad = gradient.detach()
+            found = contenders.on_gradients(weights, layout, config, cpu_kernel=cpu_kernel)
+    except ValueError as error:
+        raise BadParameter(str(error)) from None
+    with display.work(console, f"{share:.0%} of units clipped", rounds + 2) as advance:
+        timing.time_together(found, rounds, advance)
+    return found

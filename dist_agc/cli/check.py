@@ -7,11 +7,12 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import BadParameter, Exit, Option
 
-from ..console import launch
+from ..lab.console import launch
 
 if TYPE_CHECKING:
     from ..conformance import Row
@@ -21,20 +22,20 @@ def _units(given: Sequence[str]) -> dict[str, tuple[int, ...]] | None:
     """``["*.experts.*=0,1"]`` as `AGCConfig` takes it; no dims name the whole tensor."""
     units = {}
     for text in given:
-        pattern, equals, dims = text.rpartition("=")
+        pattern, _, dims = text.rpartition("=")
         try:
             units[pattern] = tuple(int(dim) for dim in dims.split(",") if dim.strip())
         except ValueError:
-            equals = ""
-        if not (pattern and equals):
-            raise typer.BadParameter(f"{text!r}: expected GLOB=DIMS, such as '*.experts.*=0,1'.", param_hint="--units")
+            pattern = ""
+        if not pattern:
+            raise BadParameter(f"{text!r}: expected GLOB=DIMS, such as '*.experts.*=0,1'.", param_hint="--units")
     return units or None
 
 
 def command(
     model: Annotated[
         str | None,
-        typer.Option(
+        Option(
             metavar="PACKAGE.MODULE:FACTORY",
             help="Check a model of your own: a function that returns a module, or (module, loss) where loss(module) "
             "gives a scalar. Without a loss gradients are noise.",
@@ -42,26 +43,24 @@ def command(
     ] = None,
     layout: Annotated[
         list[str] | None,
-        typer.Option(help="Only layouts of this name or glob; repeatable. as-is: FACTORY returns it sharded already."),
+        Option(help="Only layouts of this name or glob; repeatable. as-is: FACTORY returns it sharded already."),
     ] = None,
     exclude: Annotated[
-        list[str] | None, typer.Option(help="A glob of parameters to leave alone, as in AGCConfig; repeatable.")
+        list[str] | None, Option(help="A glob of parameters to leave alone, as in AGCConfig; repeatable.")
     ] = None,
     units: Annotated[
         list[str] | None,
-        typer.Option(
+        Option(
             metavar="GLOB=DIMS",
             help="The dims that number the units of some parameters, as in AGCConfig: '*.experts.*=0,1'; repeatable.",
         ),
     ] = None,
     shard_unaware: Annotated[
         bool,
-        typer.Option(
-            "--shard-unaware", help="Show, too, what AGC does on each layout that is written for one process."
-        ),
+        Option("--shard-unaware", help="Show, too, what AGC does on each layout that is written for one process."),
     ] = False,
-    nproc: Annotated[int, typer.Option(min=1, max=64, help="Processes to start when none of the launchers did.")] = 2,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
+    nproc: Annotated[int, Option(min=1, max=64, help="Processes to start when none of the launchers did.")] = 2,
+    as_json: Annotated[bool, Option("--json", help="Print JSON instead of the table.")] = False,
 ) -> None:
     """Hold every layout that runs here against a float64 reference of the gathered tensors.
 
@@ -76,18 +75,14 @@ def command(
         config = AGCConfig(exclude=tuple(exclude or ()), units=_units(units or ()))
         conformance.cases(layout or (), own_model=model is not None)
     except (TypeError, ValueError) as error:
-        raise typer.BadParameter(str(error)) from None
+        raise BadParameter(str(error)) from None
     here = launch.place()
     if here is None:
-        raise typer.Exit(launch.torchrun(sys.argv[1:], nproc))
+        raise Exit(launch.torchrun(sys.argv[1:], nproc))
     try:
         factory = None if model is None else shapes.named(model)
     except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--model") from None
-
-    def progress(name: str) -> None:
-        if here.rank == 0:
-            print(f"checking {name} ...", file=sys.stderr, flush=True)
+        raise BadParameter(str(error), param_hint="--model") from None
 
     with _group(here):
         rows = conformance.run(
@@ -95,11 +90,11 @@ def command(
             factory=factory,
             config=config,
             shard_unaware=shard_unaware,
-            progress=progress,
-            report=lambda rows: print(_json(rows)) if as_json else _table(rows, here),
+            progress=lambda name: print(f"checking {name} ...", file=sys.stderr, flush=True),
+            report=lambda rows: _print(rows, here, as_json),
         )
-        failed = any(row.failed for row in rows) or all(row.verdict == "skipped" for row in rows)
-    raise typer.Exit(int(failed))
+    good = {"ok"} <= {row.verdict for row in rows} <= {"ok", "skipped"}
+    raise Exit(int(not good))
 
 
 @contextmanager
@@ -118,32 +113,24 @@ def _group(here: launch.Place) -> Iterator[None]:
             yield
         return
     torch.cuda.set_device(local)
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl",
-        init_method=launch.meeting_point(os.environ),
-        rank=here.rank,
-        world_size=here.size,
-        timeout=launch.GROUP_TIMEOUT,
-    )
+    address = launch.meeting_point(os.environ)
+    dist.init_process_group("cpu:gloo,cuda:nccl", address, launch.GROUP_TIMEOUT, world_size=here.size, rank=here.rank)
     try:
         yield
     finally:
         dist.destroy_process_group()
 
 
-def _json(rows: Sequence[Row]) -> str:
-    import torch
-
-    return json.dumps({"torch": torch.__version__, "layouts": [row.as_dict() for row in rows]}, indent=2)
-
-
-def _table(rows: Sequence[Row], here: launch.Place) -> None:
+def _print(rows: Sequence[Row], here: launch.Place, as_json: bool) -> None:
     import torch
     from rich.markup import escape
 
-    from ..console import display
+    from ..lab.console import display
     from .tables import table
 
+    if as_json:
+        print(json.dumps({"torch": torch.__version__, "layouts": [asdict(row) for row in rows]}, indent=2))
+        return
     console = display.console(here)
     if not console.is_terminal:
         console.width = 120
@@ -151,9 +138,9 @@ def _table(rows: Sequence[Row], here: launch.Place) -> None:
     cells, notes = [], []
     for row in rows:
         colour = {"ok": "green", "skipped": "dim"}.get(row.verdict, "red")
+        short, _, long = row.shard_unaware.partition(": ")
         numbers = (row.units, row.clipped_units, row.split_units, row.collectives, row.bytes)
         ran = row.verdict in ("ok", "wrong", "vacuous")
-        short, _, long = row.shard_unaware.partition(": ")
         measured = [f"{row.error:.1e}", *map(str, numbers)] if ran else [""] * 6
         cells.append([row.layout, *measured, f"[{colour}]{row.verdict}[/{colour}]", *[short for _ in beside]])
         if row.note:

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from typer import BadParameter, Option
 
 if TYPE_CHECKING:
-    from rich.table import Table
-    from torch import Tensor, nn
+    from torch import nn
 
     from ..config import AGCConfig
-    from ..engine.plan import AxisPlan
     from ..frameworks.virtual import World
 
 
@@ -55,16 +52,22 @@ def planned(model: nn.Module, layout: str, world: World, config: AGCConfig, grad
     plan = Plan(found, unit_rules(found, config))
     seconds = time.process_time() - began
     elements = sum(p.numel for p in found)
-    held = elements // world.size
+    size = elements * gradient_size
+    held, reduced = elements // world.size, _ring(size, world.size) / 2
     if layout in ("ddp", "zero0"):
-        held = elements
+        held, reduced = elements, _ring(size, world.size)
     elif layout == "hsdp":
         held = elements // world.shard
+        reduced = _ring(size, world.shard) / 2 + _ring(size / world.shard, world.size // world.shard)
     elif layout == "tp+fsdp2":
-        cut = sum(p.numel for p in found if tensor_parallel_dim(p.name) is not None)
+        cut, ranks = sum(p.numel for p in found if tensor_parallel_dim(p.name) is not None), world.size // world.tensor
         held = (cut // world.tensor + elements - cut) * world.tensor // world.size
+        reduced = _ring(held * gradient_size * ranks, ranks) / 2
     buffers = [(4 * axis.numel(columns=STATISTICS if config.statistics else 0), axis.axis.size) for axis in plan.axes]
-    kept = {id(t): t for axis in plan.axes for t in _tensors(axis)}.values()
+    slots = [s for axis in plan.axes for s in (axis.pieces, axis.local, *(carried for _, carried in axis.carried))]
+    tensors = [axis.complete for axis in plan.axes if axis.complete is not None]
+    tensors += [tensor for s in slots for tensor in (s.source, s.slot)]
+    kept = {id(tensor): tensor.nbytes for tensor in tensors}  # some are listed twice
     return Planned(
         layout=layout,
         world=world.size,
@@ -75,18 +78,10 @@ def planned(model: nn.Module, layout: str, world: World, config: AGCConfig, grad
         all_reduces=sum(size > 0 for size, _ in buffers),
         payload_bytes=sum(size for size, _ in buffers),
         sent_bytes=sum(_ring(size, ranks) for size, ranks in buffers),
-        gradient_bytes=_gradients(elements * gradient_size, held * gradient_size, layout, world),
+        gradient_bytes=reduced,
         buffer_bytes=max((size for size, _ in buffers), default=0),
-        plan_bytes=sum(t.numel() * t.element_size() for t in kept) + 4 * (3 * plan.local_units + 2 * plan.slots),
+        plan_bytes=sum(kept.values()) + 4 * (3 * plan.local_units + 2 * plan.slots),
         seconds=seconds,
-    )
-
-
-def _tensors(axis: AxisPlan) -> list[Tensor]:
-    """What the plan of an axis keeps; some may be listed twice."""
-    slots = (axis.pieces, axis.local, *(found for _, found in axis.carried))
-    return [t for found in slots for t in (found.source, found.slot)] + (
-        [] if axis.complete is None else [axis.complete]
     )
 
 
@@ -95,30 +90,34 @@ def _ring(size: float, ranks: int) -> float:
     return 2 * size * (ranks - 1) / ranks
 
 
-def _gradients(size: int, held: int, layout: str, world: World) -> float:
-    if layout in ("ddp", "zero0"):
-        return _ring(size, world.size)
-    if layout == "hsdp":
-        return _ring(size, world.shard) / 2 + _ring(size / world.shard, world.size // world.shard)
-    if layout == "tp+fsdp2":
-        ranks = world.size // world.tensor
-        return _ring(held * ranks, ranks) / 2
-    return _ring(size, world.size) / 2
+# By heading: see `Columns`.
+COLUMNS = {
+    "layout": ("layout", 1, ""),
+    "world": ("world", 1, ",.0f"),
+    "elements/rank": ("elements_per_rank", 1, ",.0f"),
+    "units": ("units", 1, ",.0f"),
+    "split": ("split_units", 1, ",.0f"),
+    "all-reduces": ("all_reduces", 1, ".0f"),
+    "AGC MB": ("sent_bytes", 1e6, ".3f"),
+    "gradient MB": ("gradient_bytes", 1e6, ",.0f"),
+    "share": ("share", 1, ".4%"),
+    "buffer MB": ("buffer_bytes", 1e6, ".2f"),
+    "kept MB": ("plan_bytes", 1e6, ".2f"),
+    "plan CPU s": ("seconds", 1, ".2f"),
+}
 
 
 def command(
     model: Annotated[
-        list[str] | None, typer.Option(help="A preset, or package.module:factory of a model; repeat for several.")
+        list[str] | None, Option(help="A preset, or package.module:factory of a model; repeat for several.")
     ] = None,
-    layout: Annotated[
-        list[str] | None, typer.Option(help="How it is sharded; repeat for several.  [default: all]")
-    ] = None,
-    world: Annotated[list[int] | None, typer.Option(min=1, help="Ranks; repeat for several.  [default: 16384]")] = None,
-    rank: Annotated[int | None, typer.Option(min=0, help="Whose plan.  [default: the middle one]")] = None,
-    tensor: Annotated[int, typer.Option(min=1, help="Tensor-parallel ranks, with tp+fsdp2.")] = 8,
-    shard: Annotated[int, typer.Option(min=1, help="Ranks that share one copy of the parameters, with hsdp.")] = 64,
-    gradient_bytes: Annotated[int, typer.Option(min=1, help="Bytes of an element in the gradients' reduction.")] = 4,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON per row instead of tables.")] = False,
+    layout: Annotated[list[str] | None, Option(help="How it is sharded; repeat for several.  [default: all]")] = None,
+    world: Annotated[list[int] | None, Option(min=1, help="Ranks; repeat for several.  [default: 16384]")] = None,
+    rank: Annotated[int | None, Option(min=0, help="Whose plan.  [default: the middle one]")] = None,
+    tensor: Annotated[int, Option(min=1, help="Tensor-parallel ranks, with tp+fsdp2.")] = 8,
+    shard: Annotated[int, Option(min=1, help="Ranks that share one copy of the parameters, with hsdp.")] = 64,
+    gradient_bytes: Annotated[int, Option(min=1, help="Bytes of an element in the gradients' reduction.")] = 4,
+    as_json: Annotated[bool, Option("--json", help="Print one line of JSON per row instead of tables.")] = False,
 ) -> None:
     """Show what clipping would send, keep and take to plan, on up to thousands of ranks, without a cluster.
 
@@ -141,6 +140,7 @@ def command(
     from ..config import AGCConfig
     from ..frameworks.virtual import LAYOUTS, World
     from ..lab import shapes
+    from .tables import of_records
 
     console = Console(highlight=False)
     if not console.is_terminal:
@@ -156,35 +156,15 @@ def command(
                     here = World(size, size // 2 if rank is None else rank, **sizes)
                     rows.append(planned(made, kind, here, config, gradient_bytes))
         except ValueError as error:
-            raise typer.BadParameter(str(error)) from None
+            raise BadParameter(str(error)) from None
+        records = [{"model": name, **asdict(row), "share": row.share} for row in rows]
         if as_json:
-            for row in rows:
-                print(json.dumps({"model": name, **asdict(row), "share": row.share}))
+            print(*map(json.dumps, records), sep="\n")
         else:
-            console.print(_table(name, rows))
+            console.print(of_records(name, COLUMNS, records))
     if not as_json:
         console.print(
             "MB are sent by each rank in a step. Share: AGC's over the gradients'. Buffer: memory during the "
             "all-reduce. Kept: the plan's tensors and the norms of local units.",
             style="dim",
         )
-
-
-def _table(name: str, rows: list[Planned]) -> Table:
-    from .tables import table
-
-    columns: dict[str, Callable[[Planned], str]] = {
-        "layout": lambda row: row.layout,
-        "world": lambda row: f"{row.world:,}",
-        "elements/rank": lambda row: f"{row.elements_per_rank:,}",
-        "units": lambda row: f"{row.units:,}",
-        "split": lambda row: f"{row.split_units:,}",
-        "all-reduces": lambda row: str(row.all_reduces),
-        "AGC MB": lambda row: f"{row.sent_bytes / 1e6:.3f}",
-        "gradient MB": lambda row: f"{row.gradient_bytes / 1e6:,.0f}",
-        "share": lambda row: f"{row.share:.4%}",
-        "buffer MB": lambda row: f"{row.buffer_bytes / 1e6:.2f}",
-        "kept MB": lambda row: f"{row.plan_bytes / 1e6:.2f}",
-        "plan CPU s": lambda row: f"{row.seconds:.2f}",
-    }
-    return table(name, list(columns), ([cell(row) for cell in columns.values()] for row in rows))

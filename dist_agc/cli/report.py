@@ -2,48 +2,24 @@
 
 from __future__ import annotations
 
-import html
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from html import escape
+from itertools import cycle
 from pathlib import Path
 from statistics import fmean, median
+from string import Template
 from typing import Annotated
 
 import typer
 
-from ..console import require
+from ..lab.console import require
+from ..lab.console.plots import COLOURS
+from . import figures
 from .runs import PER_PARAMETER, Run, is_number, read
 
-WORST = 15
+WORST = 15  # rows of the table of the parameters clipped most
 
-_PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-:root {{ color-scheme: light; }}
-body {{ margin: 0 auto; max-width: 72rem; padding: 1rem; font: 1rem/1.5 system-ui, sans-serif; color: #2b2b2b;
-  background: #fff; }}
-h1 {{ font-size: 1.4rem; margin: .2rem 0; overflow-wrap: anywhere; }}
-h2 {{ font-size: 1.05rem; margin: 0 0 .3rem; }}
-main {{ display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); }}
-section {{ border: 1px solid #ddd; border-radius: .5rem; padding: .8rem; min-width: 0; }}
-section.wide {{ grid-column: 1 / -1; }}
-svg {{ display: block; width: 100%; height: auto; font-family: system-ui, sans-serif; }}
-table {{ border-collapse: collapse; width: 100%; font-size: .9rem; }}
-th, td {{ text-align: right; padding: .2rem .5rem; border-bottom: 1px solid #eee; font-variant-numeric: tabular-nums; }}
-th {{ color: #555; font-weight: 600; }}
-th:first-child, td:first-child {{ text-align: left; overflow-wrap: anywhere; min-width: 7rem; }}
-.scroll {{ overflow-x: auto; }}
-.note {{ color: #555; font-size: .9rem; margin: .3rem 0; }}
-.key {{ display: inline-block; width: .8rem; height: .8rem; border-radius: .2rem; margin-right: .4rem; }}
-code {{ font-size: .9em; overflow-wrap: anywhere; }}
-</style>
-<h1>{title}</h1>
-<p class="note">Adaptive Gradient Clipping scales a unit's gradient down where it is large beside the unit's weights; a
-unit is the fan-in of one output.</p>
-<main>
-{sections}
-</main></html>
-"""
+PAGE = Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"))
 
 
 def command(
@@ -67,85 +43,53 @@ def command(
 
 
 def page(runs: Sequence[Run], title: str) -> str:
-    """The whole report."""
-    from . import figures
-
+    """The whole report: headings and what is below them. Without a figure, its heading is left out too."""
     panels = [
-        ("Share of units clipped", figures.lines(runs, "agc/clip_fraction", percent=True)),
+        ("Runs", _summary(runs)),
+        ("Share of units clipped", figures.lines(runs, "agc/clip_fraction")),
         ("Gradient norm before clipping", figures.lines(runs, "agc/grad_norm", log=True)),
         ("Loss", figures.lines(runs, "loss", log=True)),
         ("Largest ratio of gradient to weight norm", figures.lines(runs, "agc/max_ratio", log=True)),
     ]
-    sections = [_section("Runs", _summary(runs), wide=True)]
-    sections += [_section(heading, svg) for heading, svg in panels if svg is not None]
-    histogram = figures.histogram(runs)
-    if histogram is None:
-        histogram = _note("No ratios were counted: write <code>dist_agc.ratios(model).as_dict()</code> too.")
+    missing = "No ratios were counted: write <code>dist_agc.ratios(model).as_dict()</code> too."
+    ratios = figures.histogram(runs) or _note(missing)
     for run in runs:
         if left_out := run.ratios().left_out:
-            histogram += _note(f"{left_out} lines of {html.escape(run.name)} with other thresholds are left out.")
-    sections.append(_section("How large are the ratios?", histogram))
+            ratios += _note(f"{left_out} lines of {escape(run.name)} with other thresholds are left out.")
+    panels.append(("How large are the ratios?", ratios))
     for run in runs:
-        svg = figures.heat_map(run)
-        if svg is not None:
-            if (every := len(run.parameters())) > figures.ROWS:
-                svg += _note(f"The {figures.ROWS} parameters that are clipped most, of {every}.")
-            sections.append(_section(f"Share of units clipped, by parameter: {run.name}", svg))
-            sections.append(_section(f"Clipped most: {run.name}", _worst(run)))
-        elif run.series("agc/clip_fraction"):
+        if every := len(run.parameters()):
+            some = f"The {figures.ROWS} parameters that are clipped most, of {every}."
+            heat_map = figures.heat_map(run) + (_note(some) if every > figures.ROWS else "")
+            panels.append((f"Share of units clipped, by parameter: {run.name}", heat_map))
+            panels.append((f"Clipped most: {run.name}", _worst(run)))
+        elif run.values("agc/clip_fraction"):
             hint = "Statistics by parameter are not in this run: write <code>as_dict(per_parameter=True)</code> too."
-            sections.append(_section(f"By parameter: {run.name}", _note(hint)))
-    sections.append(_section("Settings", _settings(runs), wide=True))
-    return _PAGE.format(title=html.escape(f"AGC: {title}"), sections="\n".join(sections))
-
-
-def _section(heading: str, body: str, *, wide: bool = False) -> str:
-    return f"<section{' class=wide' if wide else ''}><h2>{html.escape(heading)}</h2>{body}</section>"
+            panels.append((f"By parameter: {run.name}", _note(hint)))
+    panels.append(("Settings", _settings(runs)))
+    sections = [f"<section><h2>{escape(heading)}</h2>{body}</section>" for heading, body in panels if body]
+    return PAGE.substitute(title=escape(f"AGC: {title}"), sections="\n".join(sections))
 
 
 def _note(text: str) -> str:
-    return f'<p class="note">{text}</p>'
+    return f"<p>{text}</p>"
 
 
-def _code(text: str) -> str:
-    return f"<code>{html.escape(text)}</code>"
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def _table(rows: Iterable[Sequence[str]], head: Sequence[str] = ()) -> str:
     """Cells are HTML already."""
-    first = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
+    first = "".join(f"<th>{escape(cell)}</th>" for cell in head)
     body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
-    return f'<div class="scroll"><table>{f"<tr>{first}</tr>" if head else ""}{body}</table></div>'
+    return f"<div><table>{f'<tr>{first}</tr>' if head else ''}{body}</table></div>"
 
 
 def _summary(runs: Sequence[Run]) -> str:
-    """A column a run: rows are what there is to compare."""
-    from ..console.plots import COLOURS
-
-    columns = []
-    for i, run in enumerate(runs):
-        clip = [y for _, y in run.series("agc/clip_fraction")]
-        norms = [y for _, y in run.series("agc/grad_norm")]
-        units = [y for _, y in run.series("agc/units")]
-        columns.append(
-            [
-                f'<span class="key" style="background:{COLOURS[i % len(COLOURS)]}"></span>{html.escape(run.name)}',
-                "–" if run.threshold is None else f"{run.threshold:g}",
-                f"{max(units):,.0f}" if units else "–",
-                f"{fmean(clip):.1%}" if clip else "–",
-                f"{median(norms):.3g}" if norms else "–",
-                f"{sum(y > 0 for _, y in run.series('agc/nonfinite_units'))}",
-                _step(run.lines[-1]["step"]),
-                _last_loss(run),
-            ]
-        )
-    names = ["threshold", "units", "clipped, mean", "gradient norm, median", "steps with inf or nan", "last step"]
-    rows = zip(["", *names, "last loss"], *columns, strict=True)
-    return _table([], rows)
+    """A column a run."""
+    keys = [f'<span style="background:{c}"></span>{escape(r.name)}' for r, c in zip(runs, cycle(COLOURS))]
+    return _table([["", *keys], *([heading, *map(cell, runs)] for heading, cell in COMPARED.items())])
 
 
-def _step(value: float) -> str:
-    return f"{value:,.0f}" if value == int(value) else f"{value:,.6g}"  # some count epochs
+def _of(summary: Callable[[list[float]], float], values: list[float], form: str) -> str:
+    return format(summary(values), form) if values else "–"
 
 
 def _last_loss(run: Run) -> str:
@@ -156,28 +100,25 @@ def _last_loss(run: Run) -> str:
     return f"{losses[-1]:.4g}" if is_number(losses[-1]) else "not finite"
 
 
+COMPARED: dict[str, Callable[[Run], str]] = {
+    "threshold": lambda run: "–" if run.threshold is None else f"{run.threshold:g}",
+    "units": lambda run: _of(max, run.values("agc/units"), ",.0f"),
+    "clipped, mean": lambda run: _of(fmean, run.values("agc/clip_fraction"), ".1%"),
+    "gradient norm, median": lambda run: _of(median, run.values("agc/grad_norm"), ".3g"),
+    "steps with inf or nan": lambda run: str(sum(y > 0 for y in run.values("agc/nonfinite_units"))),
+    "last step": lambda run: f"{round(run.lines[-1]['step'], 4):,.12g}",  # some count epochs
+    "last loss": _last_loss,
+}
+
+
 def _worst(run: Run) -> str:
-    counted = run.ratios()
-    rows = []
-    for name in run.parameters():
-        shares = [y for _, y in run.series(PER_PARAMETER + name)]
-        norms = [y for _, y in run.series(f"agc/grad_norm/{name}")]
-        if shares:
-            rows.append((fmean(shares), max(shares), name, max(norms, default=0.0), counted.parameters.get(name)))
-    rows.sort(key=lambda row: (-row[0], -row[1], row[2]))
-    return _table(
-        ["parameter", "mean", "at most", "norm at most", "ratio at most"],
-        (
-            [
-                f"<code>{html.escape(name)}</code>",
-                f"{mean:.1%}",
-                f"{top:.1%}",
-                f"{norm:.3g}",
-                _reach(counted.thresholds, counts),
-            ]
-            for mean, top, name, norm, counts in rows[:WORST]
-        ),
-    )
+    counted, rows = run.ratios(), []
+    for name in run.most_clipped(WORST):
+        shares, norms = run.values(PER_PARAMETER + name), run.values(f"agc/grad_norm/{name}")
+        numbers = [f"{fmean(shares):.1%}", f"{max(shares):.1%}", f"{max(norms, default=0.0):.3g}"]
+        ratio = _reach(counted.thresholds, counted.parameters.get(name))
+        rows.append([f"<code>{escape(name)}</code>", *numbers, ratio])
+    return _table(rows, ["parameter", "mean", "at most", "norm at most", "ratio at most"])
 
 
 def _reach(thresholds: Sequence[float], counts: Sequence[int] | None) -> str:
@@ -194,5 +135,5 @@ def _settings(runs: Sequence[Run]) -> str:
     names = list(dict.fromkeys(name for run in runs for name in run.settings))
     if not names:
         return _note('The file says nothing of the settings: a line may have them under <code>"settings"</code>.')
-    cells = ([name, *(repr(run.settings.get(name, "–")) for run in runs)] for name in names)
-    return _table(["", *(run.name for run in runs)], ([html.escape(cell) for cell in row] for row in cells))
+    rows = ([name, *(repr(run.settings.get(name, "–")) for run in runs)] for name in names)
+    return _table(([escape(cell) for cell in row] for row in rows), ["", *(run.name for run in runs)])

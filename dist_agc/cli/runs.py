@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any, TypeGuard
 
 import typer
@@ -22,9 +23,9 @@ class Counted:
     other thresholds, as a run has that was resumed with other ones.
     """
 
-    thresholds: list[float] = field(default_factory=list)
-    parameters: dict[str, list[int]] = field(default_factory=dict)
-    lines: int = 0
+    thresholds: list[float]
+    parameters: dict[str, list[int]]
+    lines: int
     left_out: int = 0
 
     def totals(self) -> list[int]:
@@ -34,28 +35,37 @@ class Counted:
 
 @dataclass
 class Run:
-    """The lines of one run, by step.
-
-    ``lines`` have a ``step`` each; ``settings`` are those of the last line that has some.
-    """
+    """The lines of one run, by their ``step``."""
 
     name: str
-    lines: list[dict[str, Any]] = field(default_factory=list)
-    settings: dict[str, Any] = field(default_factory=dict)
+    lines: list[dict[str, Any]]
 
-    def series(self, key: str) -> list[tuple[float, float]]:
-        """(step, value) wherever the value is a finite number."""
-        return [(line["step"], float(line[key])) for line in self.lines if is_number(line.get(key))]
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Those of the last line that has some."""
+        return next((line["settings"] for line in reversed(self.lines) if line.get("settings")), {})
 
     @property
     def threshold(self) -> float | None:
         value = self.settings.get("clipping_threshold")
         return float(value) if is_number(value) and value > 0 else None
 
+    def series(self, key: str) -> list[tuple[float, float]]:
+        """(step, value) wherever the value is a finite number."""
+        return [(line["step"], float(line[key])) for line in self.lines if is_number(line.get(key))]
+
+    def values(self, key: str) -> list[float]:
+        return [value for _, value in self.series(key)]
+
     def parameters(self) -> list[str]:
         """Those with statistics of their own, in the order of the model."""
         found = (k for line in self.lines for k, v in line.items() if k.startswith(PER_PARAMETER) and is_number(v))
-        return list(dict.fromkeys(key[len(PER_PARAMETER) :] for key in found))
+        return [key.removeprefix(PER_PARAMETER) for key in dict.fromkeys(found)]
+
+    def most_clipped(self, count: int) -> list[str]:
+        """At most so many of the parameters, by their mean share of clipped units."""
+        shares = {name: self.values(PER_PARAMETER + name) for name in self.parameters()}
+        return sorted(shares, key=lambda name: (-fmean(shares[name]), -max(shares[name]), name))[:count]
 
     def ratios(self) -> Counted:
         """Parameters without units are left out, so that what is there can be divided by."""
@@ -82,24 +92,41 @@ def read(paths: Sequence[Path]) -> list[Run]:
     """
     runs: dict[tuple[Path, str], Run] = {}
     for path in dict.fromkeys(paths):
-        for number, line in _objects(path):
-            if problem := _problem(line):
-                raise typer.BadParameter(f"{path}, line {number}: {problem}.")
+        for line in _lines(path):
             name = str(line.get("run") or path.stem)
-            run = runs.setdefault((path, name), Run(name))
-            run.lines.append(line)
-            run.settings = line.get("settings") or run.settings
-    found = list(runs.values())
-    if not any(key.startswith("agc/") for run in found for line in run.lines for key in line):
+            runs.setdefault((path, name), Run(name, [])).lines.append(line)
+    if not any(key.startswith("agc/") for run in runs.values() for line in run.lines for key in line):
         raise typer.BadParameter(
             f"nothing in {', '.join(map(str, paths))} begins with agc/: write ClipStats.as_dict()."
         )
-    names, files = [run.name for run in found], _short({path for path, _ in runs})
+    names, files = [name for _, name in runs], _short({path for path, _ in runs})
     for (path, name), run in runs.items():
         run.lines.sort(key=lambda line: line["step"])
         if names.count(name) > 1:
             run.name = files[path] if name == path.stem else f"{files[path]}: {name}"
-    return found
+    return list(runs.values())
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise typer.BadParameter(f"cannot read {path}: {error}.") from None
+    lines = text.split("\n")
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            found = json.loads(line)
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                return  # without its end: the run was interrupted while it wrote this line
+            raise typer.BadParameter(f"{path}, line {number}: no JSON ({error}).") from None
+        if not isinstance(found, dict):
+            raise typer.BadParameter(f"{path}, line {number}: expected an object, got {line[:40]}.")
+        if problem := _problem(found):
+            raise typer.BadParameter(f"{path}, line {number}: {problem}.")
+        yield found
 
 
 def _problem(line: Mapping[str, Any]) -> str | None:
@@ -134,31 +161,10 @@ def _quoted(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _short(paths: Iterable[Path]) -> dict[Path, str]:
+def _short(paths: set[Path]) -> dict[Path, str]:
     """The shortest ends of these paths, without the suffix, that tell them apart."""
-    paths = list(paths)
-    for length in range(1, max((len(path.parts) for path in paths), default=0) + 1):
+    for length in range(1, max(len(path.parts) for path in paths) + 1):
         ends = {path: str(Path(*path.with_suffix("").parts[-length:])) for path in paths}
         if len(set(ends.values())) == len(paths):
             return ends
     return {path: str(path) for path in paths}
-
-
-def _objects(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise typer.BadParameter(f"cannot read {path}: {error}.") from None
-    lines = text.split("\n")
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            found = json.loads(line)
-        except json.JSONDecodeError as error:
-            if number == len(lines) and not text.endswith("\n"):
-                return  # the run was interrupted while it wrote its last line
-            raise typer.BadParameter(f"{path}, line {number}: no JSON ({error}).") from None
-        if not isinstance(found, dict):
-            raise typer.BadParameter(f"{path}, line {number}: expected an object, got {line[:40]}.")
-        yield number, found

@@ -17,18 +17,18 @@ from torch import nn
 from ..config import AGCConfig
 from ..frameworks import deepspeed, parameters
 from ..model.names import near
-from ..model.units import UnitRule, unit_rules
+from ..model.units import unit_rules
 from . import reference, sharding, unaware
 from .cases import AS_IS, CASES, Case, odd_loss, odd_model
 from .ranks import Failed, Ranks
-from .subjects import Loss, Subject, Tensors, is_engine
+from .reference import Reference
+from .subjects import Loss, Subject, is_engine
 
 Verdict = Literal["ok", "wrong", "vacuous", "error", "skipped"]
-Rules = dict[str, UnitRule | None]
 Factory = Callable[[], Any]
 
 # What one rounding to the dtype of the gradient, and the sums before it, may cost.
-TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+TOLERANCE = {torch.bfloat16: 8e-3, torch.float16: 1e-3}  # 1e-6 for every other
 
 
 @dataclass(frozen=True)
@@ -46,19 +46,11 @@ class Row:
     bytes: int = 0
     shard_unaware: str = ""  # what AGC does here that does not know of shards, where that was asked for
 
-    @property
-    def failed(self) -> bool:
-        return self.verdict not in ("ok", "skipped")
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 def cases(patterns: Sequence[str], *, own_model: bool = True) -> list[Case]:
     """The layouts that any of the globs names; all of them without a glob. ``["as-is"]`` is a model as it comes.
 
-    Raises:
-        ValueError: a pattern names none, or a model of the user's own that is not there.
+    Raises ValueError for a pattern that names none, or a model of the user's own that is not there.
     """
     if list(patterns) == [AS_IS.name]:
         if not own_model:
@@ -68,7 +60,7 @@ def cases(patterns: Sequence[str], *, own_model: bool = True) -> list[Case]:
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise ValueError(f"no layout is called {pattern!r}; {near(pattern, names)}. Also: as-is.")
-    return [c for c in CASES if not patterns or any(fnmatchcase(c.name, pattern) for pattern in patterns)]
+    return [case for case in CASES if any(fnmatchcase(case.name, pattern) for pattern in patterns or ["*"])]
 
 
 def run(
@@ -80,21 +72,17 @@ def run(
     progress: Callable[[str], None] = lambda name: None,
     report: Callable[[list[Row]], None],
 ) -> list[Row]:
-    """Check layouts one after the other. Every rank of the default process group must call it.
+    """Check layouts one after the other, and return their rows, the same on every rank. All ranks must call it.
 
     Args:
         patterns: globs over the layouts' names; ``("as-is",)`` takes the factory's model as it comes, sharded already.
         factory: makes the module to check, or (module, loss), where ``loss(module)`` runs forward and returns a scalar;
             without a loss gradients are noise. Without a factory: a small model of odd shapes.
-        config: exclusions and units of that model. The threshold is chosen between its units' ratios, so that some
-            are clipped and some are not.
+        config: exclusions and units of that model. The threshold is chosen so that some units are clipped and some not.
         shard_unaware: say of each layout, too, what AGC does there that is written for one process.
-        progress: called with the name of each layout before it runs.
+        progress: called on rank 0 with the name of each layout before it runs.
         report: called on rank 0 with one row per layout. Then either this returns, or, where a rank failed while others
             wait for it in a collective that nothing can end, every rank exits with code 1.
-
-    Returns:
-        The rows, the same on every rank.
     """
     chosen = cases(patterns, own_model=factory is not None)
     # DTensor remarks on how it gathers, which only the reference does.
@@ -109,7 +97,8 @@ def run(
 
     ranks = Ranks(last_words)
     for case in chosen:
-        progress(case.name)
+        if ranks.rank == 0:
+            progress(case.name)
         rows.append(_row(case, ranks, factory, config, shard_unaware))
         gc.collect()
     if ranks.rank == 0:
@@ -118,8 +107,7 @@ def run(
 
 
 def _row(case: Case, ranks: Ranks, factory: Factory | None, config: AGCConfig, shard_unaware: bool) -> Row:
-    missing = case.needs(factory is not None)
-    if missing:
+    if missing := case.needs(factory is not None):
         return Row(case.name, "skipped", missing)
 
     def fresh(config: AGCConfig) -> _Prepared:
@@ -130,13 +118,12 @@ def _row(case: Case, ranks: Ranks, factory: Factory | None, config: AGCConfig, s
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             made = fresh(config)
-            mine = ranks.each(lambda: _check(case, made, config))
-            row = _agreed([Row(**json.loads(text)) for text in ranks.gather(json.dumps(mine.as_dict()))])
+            mine = ranks.each(lambda: _check(case, made))
+            row = _agreed([Row(**json.loads(text)) for text in ranks.gather(json.dumps(asdict(mine)))])
             if shard_unaware:
                 # As that rule has it: dim 0 numbers the units of every parameter, and none is excluded.
-                leading = replace(config, units="leading", exclude=())
-                made = fresh(leading)
-                row = replace(row, shard_unaware=_shard_unaware(ranks, made, leading))
+                made = fresh(replace(config, units="leading", exclude=()))
+                row = replace(row, shard_unaware=_shard_unaware(ranks, made))
             return row
     except Failed as error:  # a layout that cannot run must not hide the others
         return Row(case.name, "error", str(error))
@@ -157,53 +144,46 @@ def _made(factory: Factory | None) -> tuple[nn.Module, Loss | None]:
     return model, loss
 
 
-def _rules(model: nn.Module, config: AGCConfig) -> Rules:
-    found = deepspeed.parameters(model) if is_engine(model) else parameters(model)
-    rules = unit_rules(found, config)
-    return {p.name: rule for p, rule in zip(found, rules, strict=True) if p.tensor.requires_grad}
-
-
 @dataclass(frozen=True)
 class _Prepared:
-    """A model under one layout with gradients; its rules, and its full tensors before clipping.
-
-    ``threshold`` lies between the ratios of its units; None where no threshold does.
-    """
+    """A model under one layout with gradients, and what clipping must make of them; None where that shows nothing."""
 
     subject: Subject
-    rules: Rules
-    weights: Tensors
-    grads: Tensors
-    threshold: float | None
+    config: AGCConfig
+    expected: Reference | None
+
+    @property
+    def tolerance(self) -> float:
+        """Once it was clipped: DeepSpeed shows only then what its optimizer holds."""
+        return max(TOLERANCE.get(tensor.dtype, 1e-6) for tensor, _ in self.subject.held())
 
 
 def _prepare(case: Case, model: nn.Module, loss: Loss | None, config: AGCConfig) -> _Prepared:
-    rules = _rules(model, config)
+    found = deepspeed.parameters(model) if is_engine(model) else parameters(model)
+    pairs = zip(found, unit_rules(found, config), strict=True)
+    rules = {parameter.name: rule for parameter, rule in pairs if parameter.tensor.requires_grad}
     subject = case.build(model.to(sharding.device()), loss)
     subject.backward()
     weights, grads = subject.tensors()
     if set(weights) != set(rules):
         raise RuntimeError(f"gathered other parameters: {sorted(set(weights) ^ set(rules))[:5]}")
-    threshold = reference.threshold_between(reference.ratios(weights, grads, rules, config.eps))
-    return _Prepared(subject, rules, weights, grads, threshold)
+    threshold = reference.threshold(weights, grads, rules, config.eps)
+    if threshold is None:
+        return _Prepared(subject, config, None)
+    config = replace(config, clipping_threshold=threshold, dry_run=False, statistics=True, weight_norm_interval=1)
+    return _Prepared(subject, config, reference.clip(weights, grads, rules, config))
 
 
-def _tolerance(subject: Subject) -> float:
-    return max(TOLERANCE.get(dtype, 1e-6) for dtype in subject.dtypes())
-
-
-def _check(case: Case, made: _Prepared, config: AGCConfig) -> Row:
-    if made.threshold is None:
+def _check(case: Case, made: _Prepared) -> Row:
+    subject, expected = made.subject, made.expected
+    if expected is None:
         return Row(case.name, "vacuous", "fewer than two units have gradients that differ: nothing to compare")
-    config = replace(config, clipping_threshold=made.threshold, dry_run=False, statistics=True, weight_norm_interval=1)
-    subject = made.subject
-    expected, shares = reference.clip(made.weights, made.grads, made.rules, config), subject.has_shares()
-    stats = subject.clip(config)
+    shares = subject.has_shares()
+    stats = subject.clip(made.config)
     error = reference.worst_error(subject.clipped(), expected.grads)
-    tolerance = _tolerance(subject)
-    sent = subject.sent(config)
-    axes = [axis for plan in subject.plans() for axis in plan.axes]
-    clipped, near = int(stats.clipped_units), max(tolerance, 1e-5)
+    sent, axes = subject.sent(made.config)
+    clipped, tolerance = int(stats.clipped_units), made.tolerance
+    near = max(tolerance, 1e-5)
     found: list[tuple[str, float, float, float]] = [  # (what, found, expected, how much of it this may be off)
         ("units", stats.units, expected.units, 0),
         ("clipped units", clipped, expected.clipped_units, 0),
@@ -229,26 +209,24 @@ def _check(case: Case, made: _Prepared, config: AGCConfig) -> Row:
     )
 
 
-def _shard_unaware(ranks: Ranks, made: _Prepared, config: AGCConfig) -> str:
+def _shard_unaware(ranks: Ranks, made: _Prepared) -> str:
     """What the rule of one process gives, beside the same rule on the whole tensors."""
-    at = made.threshold
-    threshold = 1.0 if at is None else at
+    subject, config, expected = made.subject, made.config, made.expected
 
     def clip() -> str:
-        if at is None:
+        if expected is None:
             return "nothing to compare"
         try:
-            made.subject.hand_over(lambda tensors: unaware.clip(tensors, threshold, config.eps))
+            subject.hand_over(lambda tensors: unaware.clip(tensors, config.clipping_threshold, config.eps))
         except RuntimeError as error:
             return str(error)
         return ""
 
     def error() -> float:
-        expected = reference.clip(made.weights, made.grads, made.rules, replace(config, clipping_threshold=threshold))
-        return reference.worst_error(made.subject.clipped(), expected.grads)
+        assert expected is not None
+        return reference.worst_error(subject.clipped(), expected.grads)
 
-    said = next(filter(None, ranks.gather(ranks.each(clip))), "")
-    if said:
+    if said := next(filter(None, ranks.gather(ranks.each(clip))), ""):
         return said
     worst = max(float(text) for text in ranks.gather(str(ranks.each(error))))
-    return f"error {worst:.3g}" if worst > _tolerance(made.subject) else "right"
+    return f"error {worst:.3g}" if worst > made.tolerance else "right"

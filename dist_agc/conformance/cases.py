@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,8 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from . import sharding
+from .sharding import Units
 from .subjects import Loss, Subject, ZeroSubject, is_engine
 
 
@@ -24,19 +25,34 @@ class Case:
     """One layout.
 
     Args:
-        needs: says what is missing here (for a model of the user's own, if it is given True), None where it can run.
-        shard: spreads a fresh module over the ranks.
+        shard: spreads a fresh module over the ranks, given the modules that FSDP shall gather by themselves.
+        least, most: ranks that it needs, in a ``multiple`` of some number.
         same_batch: so many neighbouring ranks hold one copy together, and take the same share of the suite's own batch;
             0: all of them. A user's loss knows its own share.
     """
 
     name: str
-    needs: Callable[[bool], str | None]
-    shard: Callable[[nn.Module], nn.Module]
+    shard: Callable[[nn.Module, Units], nn.Module]
+    least: int = 1
+    multiple: int = 1
+    most: float = math.inf
     same_batch: int = 1
 
+    def needs(self, own_model: bool) -> str | None:
+        """What is missing here, for a model of the user's own or the suite's; None where it can run."""
+        if self.name.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
+            return "needs DeepSpeed: pip install 'dist-agc[deepspeed]'"
+        if own_model and "tp" in self.name:
+            return "needs a plan for the model's layers: shard it in the factory and use --layout as-is"
+        size = dist.get_world_size()
+        if size < self.least or size % self.multiple:
+            multiple = f", and a multiple of {self.multiple}" if self.multiple > 1 else ""
+            return f"needs at least {self.least} ranks{multiple}"
+        return f"needs at most {self.most} ranks" if size > self.most else None
+
     def build(self, model: nn.Module, loss: Loss | None) -> Subject:
-        sharded = self.shard(model)
+        children = list(model.children())
+        sharded = self.shard(model, children[: len(children) // 2])  # the rest is the root's
         if loss is odd_loss:
             loss = partial(odd_loss, share=dist.get_rank() // self.same_batch if self.same_batch else 0)
         return (ZeroSubject if is_engine(sharded) else Subject)(sharded, loss)
@@ -72,84 +88,44 @@ def odd_model() -> nn.Module:
 
 
 def odd_loss(model: nn.Module, share: int = 0) -> Tensor:
-    """Of this share of a batch; ranks that hold parts of one copy (tensor parallel) take the same share."""
+    """Of this share of a batch."""
     generator = torch.Generator().manual_seed(100 + share)
     tokens = torch.randint(11, (6, 16), generator=generator).to(sharding.device())
     classes = torch.randint(9, (6,), generator=generator).to(sharding.device())
     return nn.functional.cross_entropy(model(tokens), classes)
 
 
-def _ranks(least: int, multiple: int = 1, most: float = math.inf) -> Callable[[bool], str | None]:
-    def needs(own_model: bool) -> str | None:
-        size = dist.get_world_size()
-        if size < least or size % multiple:
-            return f"needs at least {least} ranks{f', and a multiple of {multiple}' if multiple > 1 else ''}"
-        return f"needs at most {most} ranks" if size > most else None
-
-    return needs
-
-
-def _tensor_parallel(least: int, multiple: int = 1, most: float = math.inf) -> Callable[[bool], str | None]:
-    enough = _ranks(least, multiple, most)
-    return lambda own: (
-        "needs a plan for the model's layers: shard it in the factory and use --layout as-is" if own else enough(own)
-    )
-
-
-def _ddp(model: nn.Module) -> nn.Module:
-    return sharding.ddp(model, find_unused_parameters=True)
-
-
-def _fsdp1(model: nn.Module, strategy: str, use_orig_params: bool) -> nn.Module:
-    # Several flat parameters, one of them the root's.
-    return sharding.fsdp1(model, sharding.first_half(model), strategy, use_orig_params=use_orig_params)
-
-
 def _cut(model: nn.Module, mesh: DeviceMesh) -> None:
-    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-
     # Kept as DTensors between the two, because a plain tensor no longer says that its shards are uneven.
     parallelize_module(model, mesh, {"up": ColwiseParallel(use_local_output=False), "down": RowwiseParallel()})
 
 
-def _zero(model: nn.Module, stage: int) -> Any:
+def _zero(model: nn.Module, units: Units, *, stage: int) -> Any:
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
     return sharding.zero(model, stage, optimizer)
 
 
-def _deepspeed(own_model: bool) -> str | None:
-    if importlib.util.find_spec("deepspeed") is None:
-        return "needs DeepSpeed: pip install 'dist-agc[deepspeed]'"
-    return None
-
-
-_ALWAYS, _HALVES = _ranks(1), _ranks(4, 2)
-_STRATEGIES = {"FULL_SHARD": "full", "SHARD_GRAD_OP": "grad-op", "NO_SHARD": "no-shard", "HYBRID_SHARD": "hybrid"}
+_FSDP1 = {"full": "FULL_SHARD", "grad-op": "SHARD_GRAD_OP", "no-shard": "NO_SHARD", "hybrid": "HYBRID_SHARD"}
+_HALVES = {"least": 4, "multiple": 2}  # of the ranks, each with a whole copy
 
 CASES = [
-    Case("plain", _ALWAYS, lambda model: model, same_batch=0),
-    Case("ddp", _ALWAYS, _ddp),
+    Case("plain", lambda model, units: model, same_batch=0),
+    Case("ddp", lambda model, units: sharding.ddp(model, find_unused_parameters=True)),
     *(
         Case(
-            f"fsdp1 {short}{' orig' if original else ''}",
-            _HALVES if strategy == "HYBRID_SHARD" else _ALWAYS,
-            partial(_fsdp1, strategy=strategy, use_orig_params=original),
+            f"fsdp1 {name}{suffix}",
+            partial(sharding.fsdp1, strategy=strategy, use_orig_params=bool(suffix)),
+            **_HALVES if name == "hybrid" else {},
         )
-        for (strategy, short), original in itertools.product(_STRATEGIES.items(), (True, False))
+        for name, strategy in _FSDP1.items()
+        for suffix in (" orig", "")
     ),
-    Case("fsdp2", _ALWAYS, lambda model: sharding.fsdp2(model, sharding.first_half(model))),
-    Case("hsdp", _HALVES, lambda model: sharding.hsdp(model, sharding.first_half(model))),
+    Case("fsdp2", sharding.fsdp2),
+    Case("hsdp", sharding.hsdp, **_HALVES),
     # At most 7: rows of the layer that is cut. DTensor keeps no empty gradients.
-    Case("tp", _tensor_parallel(2, most=7), lambda model: sharding.tp(model, _cut), same_batch=0),
-    *(
-        Case(
-            name,
-            _tensor_parallel(least, least // 2),
-            lambda model, shard=shard: shard(model, sharding.first_half(model), _cut),
-            same_batch=2,
-        )
-        for name, least, shard in (("tp+fsdp2", 4, sharding.tp_fsdp2), ("hsdp+tp", 8, sharding.hsdp_tp))
-    ),
-    *(Case(f"zero{stage}", _deepspeed, partial(_zero, stage=stage)) for stage in range(4)),
+    Case("tp", lambda model, units: sharding.tp(model, _cut), least=2, most=7, same_batch=0),
+    Case("tp+fsdp2", partial(sharding.tp_fsdp2, cut=_cut), **_HALVES, same_batch=2),
+    Case("hsdp+tp", partial(sharding.hsdp_tp, cut=_cut), least=8, multiple=4, same_batch=2),
+    *(Case(f"zero{stage}", partial(_zero, stage=stage)) for stage in range(4)),
 ]
-AS_IS = Case("as-is", _ALWAYS, lambda made: made)
+AS_IS = Case("as-is", lambda made, units: made)

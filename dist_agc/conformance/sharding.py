@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
 from torch.optim import Optimizer
 
 Cut = Callable[[nn.Module, DeviceMesh], object]  # makes a module tensor parallel over a mesh of one dim, in place
@@ -42,8 +43,6 @@ def ddp(model: nn.Module, **options: Any) -> nn.Module:
 
 def fsdp1(model: nn.Module, units: Units = (), strategy: str = "FULL_SHARD", **options: Any) -> nn.Module:
     """A unit of which nothing is trained stays with what is around it."""
-    from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
-
     if strategy == "HYBRID_SHARD":
         options.setdefault("device_mesh", two_copies())
     options = {"device_id": device(), "sharding_strategy": ShardingStrategy[strategy], **options}
@@ -56,8 +55,6 @@ def fsdp1(model: nn.Module, units: Units = (), strategy: str = "FULL_SHARD", **o
 
 
 def fsdp2(model: nn.Module, units: Units = (), over: DeviceMesh | None = None, **options: Any) -> nn.Module:
-    from torch.distributed.fsdp import fully_shard
-
     options["mesh"] = mesh() if over is None else over
     for unit in units:
         if any(True for _ in unit.parameters()):
@@ -90,10 +87,10 @@ def hsdp_tp(model: nn.Module, units: Units, cut: Cut) -> nn.Module:
 
 def zero(model: nn.Module, stage: int, optimizer: Optimizer) -> Any:
     """DeepSpeed's engine, in bf16 where the model is; it says nothing and compiles nothing before the first step."""
-    told = {"RANK": dist.get_rank(), "WORLD_SIZE": dist.get_world_size(), "LOCAL_RANK": dist.get_rank()}
-    for name, value in told.items():  # DeepSpeed reads them even where the group exists, and mpirun sets none
+    rank, on_cpu = dist.get_rank(), device().type == "cpu"
+    # DeepSpeed reads them even where the group exists, and mpirun sets none.
+    for name, value in (("RANK", rank), ("WORLD_SIZE", dist.get_world_size()), ("LOCAL_RANK", rank)):
         os.environ.setdefault(name, str(value))
-    on_cpu = device().type == "cpu"
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
@@ -101,8 +98,7 @@ def zero(model: nn.Module, stage: int, optimizer: Optimizer) -> Any:
     # torch deprecates, call by call, collectives that DeepSpeed 0.19 uses.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    if on_cpu:
-        # An optional collective that DeepSpeed would compile now, for minutes, and wait for without a timeout.
+    if on_cpu:  # an optional collective that DeepSpeed would compile now, for minutes, and wait for without a timeout
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
     config = {
@@ -120,9 +116,3 @@ def numbered(model: nn.Module) -> list[nn.Module]:
     """The modules of every list of layers (``layers.0``), inner ones before those around them."""
     lists = [m for m in model.modules() if m._modules and all(name.isdigit() for name in m._modules)]
     return [layer for layers in reversed(lists) for layer in layers.children()]
-
-
-def first_half(model: nn.Module) -> list[nn.Module]:
-    """Of the children: units beside the root, whatever the model."""
-    children = list(model.children())
-    return children[: len(children) // 2]

@@ -3,34 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.distributed.tensor import DTensor, distribute_tensor
 
-from ..clipper import Clipper
+from ..attach import attach
+from ..clipper import Clipper, held
 from ..config import AGCConfig
-from ..engine.plan import Plan
+from ..engine.plan import AxisPlan
 from ..frameworks import deepspeed
 from ..frameworks.base import is_a
-from ..model.names import entries, module_paths
+from ..model.names import entries
 from ..stats import ClipStats
 from .counting import Operations
 
 Tensors = dict[str, Tensor]
 Loss = Callable[[nn.Module], Tensor]
-
-
-def full(tensor: Tensor) -> Tensor:
-    """All of a plain tensor or DTensor, as a float64 copy on the CPU; a collective for DTensors."""
-    from torch.distributed.tensor import DTensor
-
-    tensor = tensor.detach()
-    tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return tensor.to_dense().to("cpu", torch.float64, copy=True)
 
 
 class Subject:
@@ -39,7 +30,7 @@ class Subject:
     ``loss`` runs the forward pass; without one, gradients are noise, spread as the layout spreads the parameters.
     """
 
-    def __init__(self, model: nn.Module, loss: Loss | None = None) -> None:
+    def __init__(self, model: Any, loss: Loss | None = None) -> None:
         self.model, self.loss = model, loss
         self.clipper: Clipper | None = None
 
@@ -48,22 +39,23 @@ class Subject:
         if self.loss is not None:
             self.loss(self.model).backward()
             return
-        for parameter in self.model.parameters():
-            if parameter.requires_grad:
-                parameter.grad = _noise_like(parameter)
+        for parameter, _ in self.held():
+            parameter.grad = _noise_like(parameter)
 
     def tensors(self) -> tuple[Tensors, Tensors]:
-        """Full weights and gradients of the trainable parameters by name; a gradient may be missing."""
-        weights, grads = _flat_tensors(self.model)
-        with _summoned(self.model):
-            for entry in entries(self.model):
-                tensor = entry.tensor
-                if not tensor.requires_grad or entry.name in weights or getattr(tensor, "_is_flat_param", False):
-                    continue
-                weights[entry.name] = full(tensor)
-                if tensor.grad is not None:
-                    grads[entry.name] = full(tensor.grad)
-        return weights, grads
+        """Full weights and gradients of the trainable parameters, by name."""
+        return self.weights(), self.clipped()
+
+    def weights(self) -> Tensors:
+        from torch.distributed.fsdp import FullyShardedDataParallel
+
+        # FSDP1 shows original parameters whole in there, and no other model minds.
+        with FullyShardedDataParallel.summon_full_params(self.model, writeback=False):
+            return {name: _full(parameter) for name, parameter in _trainable(self.model)}
+
+    def held(self) -> list[tuple[Tensor, Tensor | None]]:
+        """What an optimizer holds on this rank: trainable tensors and their gradients."""
+        return [(p, p.grad) for p in self.model.parameters() if p.requires_grad]
 
     def clip(self, config: AGCConfig) -> ClipStats:
         if self.clipper is None or self.clipper.config != config:
@@ -77,26 +69,27 @@ class Subject:
         clip(list(self.model.parameters()))
 
     def clipped(self) -> Tensors:
-        return self.tensors()[1]
-
-    def dtypes(self) -> set[torch.dtype]:
-        """Those of the gradients that are clipped."""
-        return {p.dtype for p in self.model.parameters() if p.requires_grad}
-
-    def plans(self) -> list[Plan]:
-        assert self.clipper is not None
-        return [self.clipper.execution().plan]
+        """Full gradients, gathered as weights are: they take the weights' place for a moment."""
+        pairs = self.held()
+        kept = [tensor.detach().clone() for tensor, _ in pairs]
+        for tensor, grad in pairs:
+            tensor.detach().copy_(torch.zeros_like(tensor) if grad is None else grad.to_dense())
+        found = self.weights()
+        for (tensor, _), weight in zip(pairs, kept, strict=True):
+            tensor.detach().copy_(weight)
+        return found
 
     def has_shares(self) -> bool:
         """Whether gradients come as shares of a sum, which clipping completes: that is sent beside what is planned."""
         placements = [getattr(p.grad, "placements", ()) for p in self.model.parameters()]
         return any(placement.is_partial() for found in placements for placement in found)
 
-    def sent(self, config: AGCConfig) -> Operations:
-        """What one more clipping sends; the first of a plan sends its agreement check too."""
+    def sent(self, config: AGCConfig) -> tuple[Operations, list[AxisPlan]]:
+        """What one more clipping sends, and what was planned; the first of a plan sends its agreement check too."""
         with Operations() as seen:
             self.clip(config)
-        return seen
+        assert self.clipper is not None
+        return seen, self.clipper.execution().plan.axes
 
 
 class ZeroSubject(Subject):
@@ -107,91 +100,68 @@ class ZeroSubject(Subject):
 
     def __init__(self, engine: Any, loss: Loss | None = None) -> None:
         super().__init__(engine, loss)
-        self.engine, self.optimizers = engine, deepspeed.optimizers(engine)
-        self.hook: Any = None
-        self.seen = Operations()
-        self._counting = ExitStack()
-        self._kept: list[tuple[Tensor, Tensor]] = []  # what the base optimizer holds, and its gradient
-        self._plans: list[Plan] = []  # of the last step, in which an optimizer may step several times
+        self._optimizers = deepspeed.optimizers(engine)
+        # Of the last step, in which an optimizer may have stepped several times.
+        self._seen = Operations()
+        self._kept: list[tuple[Tensor, Tensor | None]] = []
+        self._axes: list[AxisPlan] = []
 
     def backward(self) -> None:
         if self.loss is not None:
-            self.engine.backward(self.loss(self.engine))
+            self.model.backward(self.loss(self.model))
             return
-        parameters = [p for _, p in self._named()]
-        backward_without_forward(self.engine, parameters, (_noise_like(p) for p in parameters))
-
-    def _named(self) -> list[tuple[str, Any]]:
-        return [(entry.name, entry.tensor) for entry in entries(self.engine.module) if entry.tensor.requires_grad]
-
-    def _weights(self) -> Tensors:
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        return {name: full(p if (w := safe_get_full_fp32_param(p)) is None else w) for name, p in self._named()}
+        parameters = [p for _, p in _trainable(self.model.module)]
+        backward_without_forward(self.model, parameters, map(_noise_like, parameters))
 
     def tensors(self) -> tuple[Tensors, Tensors]:
         from deepspeed.utils import safe_get_full_grad
 
-        grads = {name: safe_get_full_grad(p) for name, p in self._named()}
-        return self._weights(), {name: full(g) for name, g in grads.items() if g is not None}
+        grads = {name: safe_get_full_grad(p) for name, p in _trainable(self.model.module)}
+        return self.weights(), {name: _full(grad) for name, grad in grads.items() if grad is not None}
+
+    def weights(self) -> Tensors:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        found = {name: (p, safe_get_full_fp32_param(p)) for name, p in _trainable(self.model.module)}
+        return {name: _full(p if weight is None else weight) for name, (p, weight) in found.items()}
+
+    def held(self) -> list[tuple[Tensor, Tensor | None]]:
+        return self._kept
 
     def clip(self, config: AGCConfig) -> ClipStats:
-        from ..attach import attach
-
-        def count(*_: Any) -> None:
-            self._counting.enter_context(self.seen)
-
-        for optimizer in self.optimizers:
-            optimizer.register_step_pre_hook(count)
-        self.hook = attach(self.engine, config=config)
+        hook: Any = attach(self.model, config=config)
+        self.clipper = hook.clipper
+        hook.clipper.clip = partial(self._watched, hook.clipper.clip)  # the hook calls it in an optimizer's step
         self._step()
-        if not self.hook.stats:
+        if not hook.stats:
             raise ValueError(
                 "the engine's step did not come to its optimizer: expected finite gradients and a "
                 "gradient_accumulation_steps of 1."
             )
-        return self.hook.stats
+        return hook.stats
 
     def hand_over(self, clip: Callable[[list[Tensor]], None]) -> None:
-        for optimizer in self.optimizers:
-            optimizer.register_step_pre_hook(lambda one, *_: clip(_held(one)))  # returns None, as a hook must
+        for optimizer in self._optimizers:
+            optimizer.register_step_pre_hook(lambda one, *_: self._watched(clip, held(one)))  # None, as a hook must
         self._step()
+
+    def _watched(self, clip: Callable[..., Any], tensors: list[Tensor], **options: Any) -> Any:
+        """What ``clip`` returns; what it sends and leaves behind is kept."""
+        with self._seen:
+            result = clip(tensors, **options)
+        self._kept += [(p, p.grad.clone()) for p in tensors if p.grad is not None]
+        if self.clipper is not None:
+            self._axes += self.clipper.execution(tensors).plan.axes
+        return result
 
     def _step(self) -> None:
-        def keep(optimizer: Optimizer, *_: Any) -> None:
-            self._counting.close()
-            held = _held(optimizer)
-            self._kept += [(p, p.grad.clone()) for p in held if p.grad is not None]
-            if self.hook is not None:
-                self._plans.append(self.hook.clipper.execution(held).plan)
+        self._seen, self._kept, self._axes = Operations(), [], []
+        self.model.step()
 
-        self._plans = []
-        last = [optimizer.register_step_pre_hook(keep) for optimizer in self.optimizers]
-        self.engine.step()
-        for handle in last:
-            handle.remove()
-
-    def clipped(self) -> Tensors:
-        """What was kept, put together as DeepSpeed puts weights together: it takes their place for a moment."""
-        weights = [holder.detach().clone() for holder, _ in self._kept]
-        for holder, grad in self._kept:
-            holder.detach().copy_(grad)
-        found = self._weights()
-        for (holder, _), weight in zip(self._kept, weights, strict=True):
-            holder.detach().copy_(weight)
-        return found
-
-    def dtypes(self) -> set[torch.dtype]:
-        return {grad.dtype for _, grad in self._kept}
-
-    def plans(self) -> list[Plan]:
-        return self._plans
-
-    def sent(self, config: AGCConfig) -> Operations:
-        self.seen = Operations()
+    def sent(self, config: AGCConfig) -> tuple[Operations, list[AxisPlan]]:
         self.backward()
         self._step()
-        return self.seen
+        return self._seen, self._axes
 
 
 def backward_without_forward(engine: Any, parameters: list[Any], gradients: Iterable[Tensor]) -> None:
@@ -210,64 +180,22 @@ def is_engine(model: object) -> bool:
     return is_a(model, "DeepSpeedEngine")
 
 
-def _held(optimizer: Optimizer) -> list[Tensor]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
+def _full(tensor: Tensor) -> Tensor:
+    """All of a plain tensor or DTensor, as a float64 copy on the CPU; a collective for DTensors."""
+    tensor = tensor.detach()
+    tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.to("cpu", torch.float64, copy=True)
 
 
-def _flat_modules(model: nn.Module) -> list[nn.Module]:
-    return [
-        m for m in model.modules() if is_a(m, "FullyShardedDataParallel") and getattr(m, "_handle", None) is not None
-    ]
-
-
-def _summoned(model: nn.Module) -> Any:
-    """FSDP1 with original parameters shows them whole, gradients too, inside of this context."""
-    flat: list[Any] = _flat_modules(model)
-    if not flat or not flat[0]._use_orig_params:
-        return nullcontext()
-    from torch.distributed.fsdp import FullyShardedDataParallel
-
-    return FullyShardedDataParallel.summon_full_params(model, writeback=False, with_grads=True)
-
-
-def _flat_tensors(model: nn.Module) -> tuple[Tensors, Tensors]:
-    """FSDP1 without original parameters: the flat tensors gathered, and cut where its metadata says."""
-    weights: Tensors = {}
-    grads: Tensors = {}
-    paths = {id(module): path for path, module in module_paths(model)}
-    modules: list[Any] = _flat_modules(model)
-    for module in modules:
-        flat, handle = module._handle.flat_param, module._handle
-        if flat._params is not None:
-            continue
-        for source, found in ((flat, weights), (flat.grad, grads)):
-            if source is None:
-                continue
-            whole = source.detach()
-            if handle.uses_sharded_strategy:
-                pieces = [torch.empty_like(whole) for _ in range(dist.get_world_size(handle.process_group))]
-                dist.all_gather(pieces, whole, group=handle.process_group)
-                whole = torch.cat(pieces)
-            cuts = [*flat._numels_with_padding, whole.numel() - sum(flat._numels_with_padding)]
-            parts = [p for p, pad in zip(whole.split(cuts), [*flat._is_padding_mask, True], strict=True) if not pad]
-            for info, shape, part in zip(flat._param_infos, flat._shapes, parts, strict=True):
-                path = paths[id(info.module)]
-                found[f"{path}.{info.param_name}" if path else info.param_name] = full(part.view(shape))
-    return weights, grads
+def _trainable(model: nn.Module) -> list[tuple[str, Tensor]]:
+    return [(entry.name, entry.tensor) for entry in entries(model) if entry.tensor.requires_grad]
 
 
 def _noise_like(parameter: Tensor) -> Tensor:
     """Noise with units large and small. Equal on ranks that hold the same, which only the layout itself can tell."""
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
-    generator = torch.Generator().manual_seed(parameter.numel())
-
-    def noise(shape: Iterable[int]) -> Tensor:
-        shape = tuple(shape)
-        spread = torch.randn(shape[:1] + (1,) * (len(shape) - 1), generator=generator).mul(2).exp()
-        return torch.randn(shape, generator=generator) * spread
-
+    shape, generator = tuple(parameter.shape), torch.Generator().manual_seed(parameter.numel())
+    spread = torch.randn(shape[:1] + (1,) * (len(shape) - 1), generator=generator).mul(2).exp()
+    noise = (torch.randn(shape, generator=generator) * spread).to(parameter.device, parameter.dtype)
     if isinstance(parameter, DTensor):
-        mesh, device = parameter.device_mesh, parameter.device
-        return distribute_tensor(noise(parameter.shape).to(device, parameter.dtype), mesh, parameter.placements)
-    return noise(parameter.shape).to(parameter.device, parameter.dtype)
+        return distribute_tensor(noise, parameter.device_mesh, parameter.placements)
+    return noise

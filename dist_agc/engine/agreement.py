@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import fields
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -19,73 +20,42 @@ from .plan import Plan
 _DIGESTS = 32
 
 
-def agree(plan: Plan, config: AGCConfig, limits: Sequence[float], problem: ValueError | None) -> list[Axis]:
+def agree(plan: Plan, config: AGCConfig, limits: Sequence[float], gradients: str = "as expected") -> list[Axis]:
     """Compare settings and structure along every axis; returns the axes, in an order that all ranks share.
 
-    Args:
-        limits: the threshold of every governed parameter.
-        problem: why this rank cannot clip; it tells the others, so that none waits for it.
+    Small collectives of fixed length, in two rounds over the axes: the second tells ranks that share no axis with the
+    one that differs. All raise RuntimeError then, which names what differs, instead of a hang or of nonsense later.
 
-    Raises:
-        RuntimeError: on every rank, naming what differs; ``problem`` itself, on the rank that has it.
+    ``limits``: the threshold of every governed parameter. ``gradients``: or why this rank cannot clip its own.
     """
-    asked = dict(zip([p.name for p in plan.parameters], limits, strict=False))
-    settings = {field.name: getattr(config, field.name) for field in fields(config)}
-    shared: dict[Axis, list[int]] = {}
-    for i, axes in enumerate(plan.every_axis):
-        for axis in axes:
-            shared.setdefault(axis, []).append(i)
-    axes = sorted((a for a in shared if a.group is not None and a.size > 1), key=lambda axis: axis.ranks)
-    checks = []
+    axes = sorted((a for a in plan.shared if a.group is not None and a.size > 1), key=lambda axis: axis.ranks)
+    devices = {axis: plan.parameters[plan.shared[axis][0]].tensor.device for axis in axes}
+    problem = ""
     for axis in axes:
         # Only what is shared along this axis: ranks may hold other experts, or other stages of a pipeline.
-        here = [plan.parameters[i] for i in shared[axis]]
-        rules = [plan.rules[i] if i < plan.governed else None for i in shared[axis]]
-        own = {p.name: asked[p.name] for p, rule in zip(here, rules, strict=True) if rule is not None}
+        which = plan.shared[axis]
+        here = [(plan.parameters[i], plan.rules[i] if i < plan.governed else None) for i in which]
+        own = {plan.parameters[i].name: limits[i] for i in which if i < plan.governed}
         what = {
-            **settings,
+            **asdict(config),
             "clipping_threshold": own if len(set(own.values())) > 1 else list(own.values())[:1],
-            "parameters": [
-                (p.name, p.numel, rule and (rule.shape, rule.kept)) for p, rule in zip(here, rules, strict=True)
-            ],
-            "dtypes": [str(p.tensor.dtype) for p in here],
+            "parameters": [(p.name, p.numel, rule and (rule.shape, rule.kept)) for p, rule in here],
+            "dtypes": [str(p.tensor.dtype) for p, _ in here],
             "slots": [found.slots for found in plan.axes if found.axis == axis],
-            "gradients": "as expected" if problem is None else str(problem),
+            "gradients": gradients,
         }
-        checks.append((what, axis, here[0].tensor.device))
-    try:
-        _compare(checks)
-    except RuntimeError as difference:
-        if problem is not None:
-            raise problem from difference
-        raise
-    return axes
-
-
-def _compare(checks: Sequence[tuple[Mapping[str, object], Axis, torch.device]]) -> None:
-    """Compare settings and structure, (what, along which axis, on which device), in small collectives of fixed length.
-
-    Two rounds over the axes, given in an order that all ranks share: the second tells ranks that share no axis with
-    the one that differs.
-
-    Raises:
-        RuntimeError: on every rank, naming what differs, instead of a hang or of nonsense later.
-    """
-    problems: list[str] = []
-    for what, axis, device in checks:
         # The names themselves are compared too, in case ranks run different versions of dist_agc.
-        texts = _exchange({"settings": repr(sorted(what)), **{k: repr(v) for k, v in what.items()}}, axis, device)
-        if texts:
-            problems.append(_differences(texts, axis))
-    for _, axis, device in checks:
-        texts = _exchange({"problem": problems[0] if problems else ""}, axis, device)
-        if texts and not problems:
-            problems.append(next(text["problem"] for text in texts if text["problem"]))
-    if problems:
+        said = _exchange({"settings": repr(sorted(what)), **{k: repr(v) for k, v in what.items()}}, axis, devices[axis])
+        problem = problem or _differences(said, axis)
+    for axis in axes:
+        said = _exchange({"problem": problem}, axis, devices[axis])
+        problem = problem or next((one["problem"] for one in said if one["problem"]), "")
+    if problem:
         raise RuntimeError(
-            f"dist_agc is set up differently on ranks that share parameters; {problems[0]}. No gradient was changed. "
+            f"dist_agc is set up differently on ranks that share parameters; {problem}. No gradient was changed. "
             "Give every rank the same model and the same settings."
         )
+    return axes
 
 
 def _exchange(said: dict[str, str], axis: Axis, device: torch.device) -> list[dict[str, str]]:
@@ -107,17 +77,15 @@ def _exchange(said: dict[str, str], axis: Axis, device: torch.device) -> list[di
     return texts
 
 
-def _differences(texts: list[dict[str, str]], axis: Axis) -> str:
-    lines = []
+def _differences(texts: list[dict[str, str]], axis: Axis, width: int = 160) -> str:
+    """By name: what the first rank says, and the first that says something else. Long texts from where they differ."""
+    found = []
     for name in dict.fromkeys(name for text in texts for name in text):
-        spoken = [text.get(name, "nothing") for text in texts]
-        other = next((i for i, text in enumerate(spoken) if text != spoken[0]), None)
-        if other is not None:
-            lines.append(f"{name}: {_difference(spoken[0], spoken[other], axis.ranks[0], axis.ranks[other])}")
-    return "; ".join(lines)
-
-
-def _difference(a: str, b: str, rank_a: int, rank_b: int, width: int = 160) -> str:
-    start = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-    start = 0 if len(a) < width and len(b) < width else max(0, start - 20)
-    return f"rank {rank_a} has {a[start : start + width]}, rank {rank_b} has {b[start : start + width]}"
+        said = dict(zip(axis.ranks, (text.get(name, "nothing") for text in texts), strict=True))
+        a, b = axis.ranks[0], next((rank for rank in said if said[rank] != said[axis.ranks[0]]), None)
+        if b is not None:
+            longest = max(len(said[a]), len(said[b]))
+            start = 0 if longest < width else max(0, len(os.path.commonprefix([said[a], said[b]])) - 20)
+            part = slice(start, start + width)
+            found.append(f"{name}: rank {a} has {said[a][part]}, rank {b} has {said[b][part]}")
+    return "; ".join(found)

@@ -1,4 +1,4 @@
-"""The collectives: how numbers are packed, all-reduced, and what to say where a rank did not come."""
+"""The collectives: where a buffer must lie, its sum over ranks, and what to say where a rank did not come."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..model.blocks import Axis
-from .plan import Slots
 
 
 def communication_device(device: torch.device, group: Any) -> torch.device:
@@ -26,37 +25,17 @@ def communication_device(device: torch.device, group: Any) -> torch.device:
 
 
 def all_reduce(buffer: Tensor, axis: Axis) -> Tensor:
-    """The sum of ``buffer`` over the ranks of ``axis``, on the device of ``buffer``.
+    """The sum of ``buffer`` over the ranks of ``axis``, on its device.
 
-    Raises:
-        RuntimeError: a rank did not come, within the timeout of the process group.
+    Raises RuntimeError where a rank does not come within the timeout of the process group.
     """
-    device = communication_device(buffer.device, axis.group)
-    moved = buffer.to(device)
+    moved = buffer.to(communication_device(buffer.device, axis.group))
     with torch.profiler.record_function("dist_agc::all_reduce"):
         try:
             dist.all_reduce(moved, group=axis.group)
         except RuntimeError as error:
             raise missing(axis) from error
     return moved.to(buffer.device)
-
-
-class Packing:
-    """Puts numbers into the slots of a packed buffer.
-
-    A slot that several numbers go to gets their sum, always in the same order and without atomics: copies of a model
-    that are summed apart stay equal to the last bit.
-    """
-
-    def __init__(self, slots: Slots, device: torch.device) -> None:
-        self.source, self.slot = slots.source.to(device), slots.distinct.to(device)
-        self.lengths = None if slots.lengths is None else slots.lengths.to(device)
-
-    def add(self, values: Tensor, into: Tensor) -> None:
-        values = values.index_select(0, self.source)
-        if self.lengths is not None:
-            values = torch.segment_reduce(values, "sum", lengths=self.lengths, unsafe=True, initial=0)
-        into.index_copy_(0, self.slot, values)
 
 
 def anywhere(flags: Sequence[bool], axis: Axis, device: torch.device) -> list[bool]:

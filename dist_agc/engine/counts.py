@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .plan import STATISTICS
 
@@ -31,9 +32,6 @@ class ByParameter:
         self.size = sum(lengths)
         self.lengths = torch.tensor(lengths, dtype=torch.int64, device=device)
         self.offsets = torch.cat([self.lengths.new_zeros(1), self.lengths.cumsum(0)])
-
-    def __len__(self) -> int:
-        return len(self.lengths)
 
     def spread(self, values: Tensor) -> Tensor:
         """One value a parameter, repeated for each of its units."""
@@ -60,22 +58,33 @@ def sums_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-class Tally(Protocol):
-    """What is counted. ``columns``: how many numbers a parameter has."""
+class Tally:
+    """What one call counts: ``rows``, one a parameter, of ``columns`` numbers; and ``top``, the largest ratio."""
 
-    @property
-    def columns(self) -> int: ...
+    columns: int
+    rows: Tensor
+    top: Tensor
 
     def count(self, judged: Judged, by: ByParameter) -> Tensor:
         """Shape (parameters, columns)."""
-        ...
+        raise NotImplementedError
 
-    def excluded(self, grad_norm: Tensor) -> Tensor:
-        """The same of excluded parameters, by the norm of this rank's piece of each."""
-        ...
+    def begin(self, judged: Judged, by: ByParameter, excluded: Tensor) -> None:
+        """With the whole units, and the norms of this rank's pieces of excluded parameters, which have no units."""
+        self.rows = pad(self.count(judged, by), (0, 0, 0, len(excluded)))
+        self.top = _largest(judged.ratio)
+
+    def add(self, judged: Judged, by: ByParameter, owner: Tensor) -> None:
+        """Units of the parameters ``owner``, of which each is there once: nothing is added to one row twice."""
+        self.rows[owner] += self.count(judged, by)
+        self.top = torch.maximum(self.top, _largest(judged.ratio))
 
 
-class Counts:
+def _largest(ratio: Tensor) -> Tensor:
+    return ratio.amax() if len(ratio) else ratio.new_zeros(())
+
+
+class Counts(Tally):
     """Clipped units, units that are not finite, and the squared gradient norm: what `ClipStats` is made of."""
 
     columns = STATISTICS
@@ -87,13 +96,12 @@ class Counts:
         clipped, bad = (by.count(mask).to(dtype) for mask in (judged.coefficient < 1, ~judged.finite))
         return torch.stack([clipped, bad, squares], dim=1)
 
-    def excluded(self, grad_norm: Tensor) -> Tensor:
-        square = grad_norm.to(sums_dtype(grad_norm.device)).square()
-        none = torch.zeros_like(square)
-        return torch.stack([none, none, square], 1)
+    def begin(self, judged: Judged, by: ByParameter, excluded: Tensor) -> None:
+        super().begin(judged, by, excluded)
+        self.rows[len(by.lengths) :, -1] = excluded.to(self.rows.dtype).square()
 
 
-class Above:
+class Above(Tally):
     """Units whose ratio is above each of several thresholds, which ascend."""
 
     def __init__(self, thresholds: Sequence[float], at_limit: float) -> None:
@@ -104,12 +112,9 @@ class Above:
     def count(self, judged: Judged, by: ByParameter) -> Tensor:
         ratio = judged.ratio
         bounds = torch.tensor(self._bounds, dtype=ratio.dtype, device="cpu").to(ratio.device, non_blocking=True)
-        counts = torch.zeros(len(by) * (self.columns + 1), dtype=torch.int32, device=ratio.device)
+        counts = torch.zeros(len(by.lengths), self.columns + 1, dtype=torch.int32, device=ratio.device)
         # One pass: each unit falls between two thresholds of its parameter.
-        row = by.spread(torch.arange(len(by), device=ratio.device) * (self.columns + 1))
-        counts.index_add_(0, row + torch.bucketize(ratio, bounds), torch.ones_like(row, dtype=torch.int32))
-        between = counts.view(len(by), -1).flip(1).cumsum(1).flip(1)
+        row = by.spread(torch.arange(len(counts), device=ratio.device) * (self.columns + 1))
+        counts.view(-1).index_add_(0, row + torch.bucketize(ratio, bounds), torch.ones_like(row, dtype=torch.int32))
+        between = counts.flip(1).cumsum(1).flip(1)
         return between[:, 1:].to(sums_dtype(ratio.device))
-
-    def excluded(self, grad_norm: Tensor) -> Tensor:
-        return grad_norm.new_zeros(len(grad_norm), self.columns, dtype=sums_dtype(grad_norm.device))

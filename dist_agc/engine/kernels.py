@@ -31,11 +31,6 @@ _FEW = 8
 _CALLS = 100_000
 
 
-def is_small(x: Tensor) -> bool:
-    """Whether one kernel gives the norm of all of ``x`` exactly enough, without halving it."""
-    return 0 < x.numel() and not (x.is_cpu and x.numel() > _LONG)
-
-
 def unit_norms_(x: Tensor, reduced: tuple[int, ...], out: Tensor) -> Tensor:
     """Write the L2 norms of ``x`` over the dims ``reduced`` to ``out``, in the dtype of ``out``, and return that.
 
@@ -46,20 +41,26 @@ def unit_norms_(x: Tensor, reduced: tuple[int, ...], out: Tensor) -> Tensor:
         x, reduced = torch.view_as_real(x.resolve_conj()), (*reduced, x.ndim)
     if kernel := one_kernel(x, reduced, out):
         return kernel(x, reduced, out)
-    columns = x.numel() > _APART and _columns(x, reduced)
-    dim = max(reduced if columns else range(x.ndim), key=lambda d: x.shape[d])
-    if columns and x.numel() <= _LEAF * min(x.shape[dim], _LEAVES):
-        return _column_norms(x, reduced, dim, out)
-    dim = max(range(x.ndim), key=lambda d: x.shape[d])
-    half = x.shape[dim] // 2
-    first, second = x.narrow(dim, 0, half), x.narrow(dim, half, x.shape[dim] - half)
+    if x.numel() > _APART and _columns(x, reduced):
+        dim = max(reduced, key=lambda d: x.shape[d])
+        if x.numel() <= _LEAF * min(x.shape[dim], _LEAVES):
+            return _column_norms(x, reduced, dim, out)
+    dim, halves = _halves(x)
     if dim in reduced:
+        first, second = (x.narrow(dim, *half) for half in halves)
         rest = unit_norms_(second, reduced, torch.empty_like(out))
         return torch.hypot(unit_norms_(first, reduced, out), rest, out=out)
     place = sum(d not in reduced for d in range(dim))
-    unit_norms_(first, reduced, out.narrow(place, 0, half))
-    unit_norms_(second, reduced, out.narrow(place, half, x.shape[dim] - half))
+    for half in halves:
+        unit_norms_(x.narrow(dim, *half), reduced, out.narrow(place, *half))
     return out
+
+
+def _halves(x: Tensor) -> tuple[int, tuple[tuple[int, int], tuple[int, int]]]:
+    """The longest dim, and where its halves begin and how long they are."""
+    dim = max(range(x.ndim), key=lambda d: x.shape[d])
+    half = x.shape[dim] // 2
+    return dim, ((0, half), (half, x.shape[dim] - half))
 
 
 def _column_norms(x: Tensor, reduced: tuple[int, ...], dim: int, out: Tensor) -> Tensor:
@@ -83,10 +84,8 @@ def one_kernel(x: Tensor, reduced: tuple[int, ...], out: Tensor, *, own: bool = 
         return vector_norm
     if own and serves(x, reduced, out):
         return row_norms
-    long = x.numel() > _LONG * out.numel()
-    in_order = x.numel() <= _APART or not _columns(x, reduced)
-    enough = not long and in_order and (x.dtype == out.dtype or x.numel() <= _LEAF)
-    return vector_norm if enough else None
+    exact = x.numel() <= _LONG * out.numel() and (x.numel() <= _APART or not _columns(x, reduced))
+    return vector_norm if exact and (x.dtype == out.dtype or x.numel() <= _LEAF) else None
 
 
 def vector_norm(x: Tensor, reduced: tuple[int, ...], out: Tensor) -> Tensor:
@@ -105,14 +104,12 @@ def _columns(x: Tensor, reduced: tuple[int, ...]) -> bool:
 
 def scale_(x: Tensor, coefficient: Tensor) -> None:
     """Multiply ``x`` in place by coefficients that broadcast to it, rounding once to the dtype of ``x``."""
-    if x.device.type != "cpu" or x.dtype == coefficient.dtype or x.numel() <= _LEAF:
+    if not x.is_cpu or x.dtype == coefficient.dtype or x.numel() <= _LEAF:
         x.mul_(coefficient)
         return
-    dim = max(range(x.ndim), key=lambda d: x.shape[d])
-    half = x.shape[dim] // 2
-    for start, length in ((0, half), (half, x.shape[dim] - half)):
-        same = coefficient.shape[dim] == 1
-        scale_(x.narrow(dim, start, length), coefficient if same else coefficient.narrow(dim, start, length))
+    dim, halves = _halves(x)
+    for half in halves:
+        scale_(x.narrow(dim, *half), coefficient if coefficient.shape[dim] == 1 else coefficient.narrow(dim, *half))
 
 
 def scale_rows_(x: Tensor, coefficient: Tensor, rows: Tensor) -> None:
@@ -121,77 +118,44 @@ def scale_rows_(x: Tensor, coefficient: Tensor, rows: Tensor) -> None:
     # The kernel writes number by number: in numbers of 16 bytes it writes four times as fast.
     row = x.numel() // max(len(x), 1) * x.element_size()
     wide = x.is_contiguous() and row % 16 == 0 and x.storage_offset() * x.element_size() % 16 == 0
-    target = _wide(x) if wide else x
     for some in rows.split(step):
-        scaled = x.index_select(0, some).mul_(coefficient.index_select(0, some))
-        target.index_copy_(0, some, _wide(scaled) if wide else scaled)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.view(len(x), -1).view(torch.complex128)
+        target, scaled = x, x.index_select(0, some).mul_(coefficient.index_select(0, some))
+        if wide:
+            target, scaled = (t.view(len(t), -1).view(torch.complex128) for t in (target, scaled))
+        target.index_copy_(0, some, scaled)
 
 
 class Scaling:
-    """Scales the gradients of a plan's blocks by the vector ``coefficient``, one number for each local unit.
+    """Scales the gradients of a plan's blocks on one device by ``coefficient``, and zeroes the units that are ``bad``.
 
-    Args:
-        devices: of the gradients, in the order of ``plan.parameters``. Where one is not that of the vector, the vector
-            is copied there, once a call.
-        zero: whether units whose gradient is not finite are zeroed.
+    Both have one number for each local unit, and are copied to the device in every call where they lie elsewhere.
+    ``devices``: of the gradients, in the order of ``plan.parameters``. ``bad`` is None where nothing is zeroed.
     """
 
-    def __init__(self, plan: Plan, coefficient: Tensor, devices: Sequence[torch.device], *, zero: bool) -> None:
-        self.bad = torch.zeros(len(coefficient), dtype=torch.bool, device=coefficient.device) if zero else None
-        self.coefficient = coefficient
-        spans: dict[torch.device, list[int]] = {}
-        for at, owner in enumerate(plan.owners):
-            spans.setdefault(devices[owner], []).append(at)
-        self._parts = [_OnDevice(plan, which, coefficient, self.bad, device) for device, which in spans.items()]
-
-    def note(self, units: slice | Tensor, finite: Tensor, place: Tensor | None = None) -> None:
-        """Remember which of the local ``units`` are not finite, where that matters."""
-        if self.bad is not None:
-            self.bad[units] = ~(finite if place is None else finite[place])
-
-    def scale(self, grads: Sequence[Tensor | None]) -> None:
-        for part in self._parts:
-            part.scale(grads)
-
-
-class _OnDevice:
-    """The blocks on one device."""
-
     def __init__(
-        self, plan: Plan, which: list[int], coefficient: Tensor, bad: Tensor | None, device: torch.device
+        self, plan: Plan, devices: Sequence[torch.device], device: torch.device, coefficient: Tensor, bad: Tensor | None
     ) -> None:
-        self.blocks = [(plan.blocks[at], plan.owners[at]) for at in which]
-        self._source, self._source_bad = coefficient, bad
-        elsewhere = coefficient.device != device
-        self.coefficient = torch.empty_like(coefficient, device=device) if elsewhere else coefficient
-        self.bad = torch.empty_like(bad, device=device) if elsewhere and bad is not None else bad
+        given = [coefficient] if bad is None else [coefficient, bad]
+        here = [v if v.device == device else torch.empty_like(v, device=device) for v in given]
+        self._copies = [(own, source) for own, source in zip(here, given, strict=True) if own is not source]
+        self.coefficient, self.bad = here[0], None if bad is None else here[1]
         self.on_cpu = device.type == "cpu"
-        self.first = torch.tensor([plan.offsets[at] for at in which], dtype=torch.int64, device="cpu")
-        self.last = torch.tensor([plan.offsets[at + 1] for at in which], dtype=torch.int64, device="cpu")
-        self.factors = [
-            self.coefficient[plan.offsets[at] : plan.offsets[at + 1]].view(_broadcast(plan.blocks[at])) for at in which
-        ]
-        self.masks = (
-            [self.bad[plan.offsets[at] : plan.offsets[at + 1]].view(_broadcast(plan.blocks[at])) for at in which]
-            if self.bad is not None
-            else None
-        )
+        self.blocks, ends = [], []
+        for block, owner, start in zip(plan.blocks, plan.owners, plan.offsets, strict=False):
+            if devices[owner] == device:
+                ends.append((start, start + block.units))
+                factor, *mask = (vector[slice(*ends[-1])].view(_broadcast(block)) for vector in here)
+                self.blocks.append((block, owner, factor, mask[0] if mask else None))
+        self._ends = torch.tensor(ends, dtype=torch.int64, device="cpu")
 
     def scale(self, grads: Sequence[Tensor | None]) -> None:
-        if self.coefficient is not self._source:
-            self.coefficient.copy_(self._source)
-            if self.bad is not None and self._source_bad is not None:
-                self.bad.copy_(self._source_bad)
+        for own, source in self._copies:
+            own.copy_(source)
         clipped = self._counts(self.coefficient < 1) if self.on_cpu else None
         bad = self._counts(self.bad) if self.on_cpu and self.bad is not None else None
         views, factors = [], []
-        for at, (block, owner) in enumerate(self.blocks):
-            grad, factor = grads[owner], self.factors[at]
-            mask = None if self.masks is None else self.masks[at]
+        for at, (block, owner, factor, mask) in enumerate(self.blocks):
+            grad = grads[owner]
             if grad is None or (clipped is not None and not clipped[at] and not (bad and bad[at])):
                 continue
             if grad.is_sparse:
@@ -201,7 +165,7 @@ class _OnDevice:
             if clipped is None:
                 views.append(view)
                 factors.append(factor)
-            elif clipped[at] and _are_few(clipped[at], block, view) and (dim := _row_dim(block, view)) is not None:
+            elif clipped[at] and (dim := _dim_of_few(clipped[at], block, view)) is not None:
                 rows = torch.nonzero(factor.flatten() < 1).flatten()
                 scale_rows_(view.movedim(dim, 0), factor.movedim(dim, 0), rows)
             elif clipped[at]:
@@ -212,8 +176,7 @@ class _OnDevice:
             torch._foreach_mul_(views, factors)  # pyright: ignore[reportPrivateImportUsage]
 
     def _counts(self, mask: Tensor) -> list[int]:
-        before = trues_before(mask)
-        return (before[self.last] - before[self.first]).tolist()
+        return trues_before(mask)[self._ends].diff().flatten().tolist()
 
 
 def _scale_sparse(grad: Tensor, factor: Tensor, bad: Tensor | None) -> None:
@@ -230,20 +193,16 @@ def _scale_sparse(grad: Tensor, factor: Tensor, bad: Tensor | None) -> None:
 
 
 def _broadcast(block: Block) -> tuple[int, ...]:
+    """A shape for one number a unit that broadcasts to the block's view."""
     kept = iter(block.kept)
-    ndim = len(block.kept) + len(block.reduced)
-    return tuple(1 if d in block.reduced else next(kept) for d in range(ndim))
+    return tuple(1 if d in block.reduced else next(kept) for d in range(len(block.kept) + len(block.reduced)))
 
 
-def _are_few(clipped: int, block: Block, view: Tensor) -> bool:
-    """Whether writing the clipped units alone takes less time than multiplying all of them."""
-    return _CALLS + _FEW * view.numel() * clipped // block.units < view.numel()
-
-
-def _row_dim(block: Block, view: Tensor) -> int | None:
-    """The dim whose slices are units that lie apart in memory, so that single ones can be written; None without."""
+def _dim_of_few(clipped: int, block: Block, view: Tensor) -> int | None:
+    """The dim whose slices are units that lie apart in memory, where it takes less time to write the clipped ones
+    alone than to multiply all of them; else None."""
+    if _CALLS + _FEW * view.numel() * clipped // block.units >= view.numel():
+        return None
     strides = {d: view.stride(d) for d in range(view.ndim) if view.shape[d] > 1}  # others say nothing
     dims = [d for d in strides if d not in block.reduced]
-    if len(dims) != 1 or strides[dims[0]] < max(strides.values()):
-        return None
-    return dims[0]
+    return dims[0] if len(dims) == 1 and strides[dims[0]] == max(strides.values()) else None

@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..model.blocks import Axis, Block, Cut
+from ..model.blocks import Axis, Block, Pieces
 from ..model.parameter import Parameter
 from ..model.units import UnitRule
 
 STATISTICS = 3  # sums kept per parameter: clipped units, non-finite units, squared gradient
 
 
-@dataclass(eq=False)
-class Slots:
+class Slots(NamedTuple):
     """Where numbers go into the slots of an axis, or come from.
 
     ``source[i]`` goes to ``slot[i]``. Both are positions, int64; slots ascend, and may repeat: ``distinct`` has each
@@ -30,13 +30,28 @@ class Slots:
 
     source: Tensor
     slot: Tensor
-    distinct: Tensor = field(init=False)
-    lengths: Tensor | None = field(init=False)
+    distinct: Tensor
+    lengths: Tensor | None
 
-    def __post_init__(self) -> None:
-        distinct, lengths = self.slot.unique_consecutive(return_counts=True)
-        repeat = len(distinct) < len(self.slot)
-        self.distinct, self.lengths = (distinct, lengths) if repeat else (self.slot, None)
+    @classmethod
+    def of(cls, pairs: Sequence[tuple[Tensor, Tensor]]) -> Slots:
+        """Of several (source, slot), in any order."""
+        source, slot = _cat([a for a, _ in pairs]), _cat([b for _, b in pairs])
+        order = torch.argsort(slot, stable=True)
+        source, slot = source[order], slot[order]
+        distinct, lengths = slot.unique_consecutive(return_counts=True)
+        return cls(source, slot, distinct, lengths) if len(distinct) < len(slot) else cls(source, slot, slot, None)
+
+    def to(self, device: torch.device) -> Slots:
+        return self._make(None if tensor is None else tensor.to(device) for tensor in self)
+
+    def add(self, values: Tensor, into: Tensor) -> None:
+        """Fill the slots. One that several numbers go to gets their sum, always in the same order and without atomics:
+        copies of a model that are summed apart stay equal to the last bit."""
+        values = values.index_select(0, self.source)
+        if self.lengths is not None:
+            values = torch.segment_reduce(values, "sum", lengths=self.lengths, unsafe=True, initial=0)
+        into.index_copy_(0, self.distinct, values)
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,34 +59,27 @@ class AxisPlan:
     """One all-reduce: the squares of units cut along an axis, and the counts of what was judged before it.
 
     The buffer is ``[weight squares | gradient squares | counts | one largest ratio per rank]``.
-
-    Args:
-        axis: the ranks that take part.
-        slots: units cut along the axis, in all.
-        pieces: from the local units to the slots, for units that no earlier axis cuts.
-        carried: by earlier axis (its place in the plan), from its slots to these: sums that it did not complete.
-        complete: the slots whose unit no later axis cuts: its sums are complete here. Ascending; None is all of them.
-        owners: (governed parameter, how many complete slots) in the order of the slots.
-        local: the local units that are complete here (``source``), and the place of each in ``complete``.
-        reported: parameters whose counts add up along this axis here.
     """
 
-    axis: Axis
-    slots: int
-    pieces: Slots
+    axis: Axis  # the ranks that take part
+    slots: int  # units cut along the axis, in all
+    pieces: Slots  # from the local units to the slots, for units that no earlier axis cuts
+    # By earlier axis (its place in the plan), from its slots to these: sums that it did not complete.
     carried: tuple[tuple[int, Slots], ...]
+    # The slots whose unit no later axis cuts: its sums are complete here. Ascending; None is all of them.
     complete: Tensor | None
-    owners: tuple[tuple[int, int], ...]
-    local: Slots
-    reported: tuple[int, ...]
+    owners: tuple[tuple[int, int], ...]  # (governed parameter, how many complete slots) in the order of the slots
+    local: Slots  # the local units that are complete here (``source``), and the place of each in ``complete``
+    reported: tuple[int, ...]  # parameters whose counts add up along this axis here
 
     def numel(self, *, weights: bool = True, columns: int = STATISTICS) -> int:
-        """Numbers in the buffer; ``weights=False`` where the weight norms are reused, ``columns``: counts a parameter.
+        """Numbers in the buffer. ``weights=False``: weight norms are reused. ``columns``: counts a parameter."""
+        return self.slots * (1 + weights) + (columns * len(self.reported) + self.axis.size if columns else 0)
 
-        Without squares and counts nothing is sent at all.
-        """
-        squares = self.slots * (2 if weights else 1)
-        return squares + (columns * len(self.reported) + self.axis.size if columns else 0)
+
+# The cuts of one parameter by axis: its first slot there, and the units that are cut, in the order of their slots.
+# An axis is known by its place in the plan, and the earliest comes first.
+_Cuts = dict[int, tuple[int, Tensor]]
 
 
 class Plan:
@@ -84,26 +92,26 @@ class Plan:
     """
 
     def __init__(self, parameters: Sequence[Parameter], rules: Sequence[UnitRule | None]) -> None:
-        placed = [(p, rule, p.pieces(rule)) for p, rule in zip(parameters, rules, strict=True)]
-        placed.sort(key=lambda entry: entry[1] is None)
-        self.parameters = [p for p, _, _ in placed]
-        self.rules = [rule for _, rule, _ in placed if rule is not None]
+        placed = sorted(zip(parameters, rules, strict=True), key=lambda pair: pair[1] is None)
+        self.parameters = [p for p, _ in placed]
+        self.rules = [rule for _, rule in placed if rule is not None]
         self.governed = len(self.rules)
-        pieces = [found for _, _, found in placed]
-        # By parameter, every axis whose ranks hold something of it.
-        self.every_axis = [
-            tuple(dict.fromkeys((*(cut.axis for cut in found.cuts), *found.distinct, *p.copies)))
-            for p, found in zip(self.parameters, pieces, strict=True)
-        ]
+        pieces = [p.pieces(rule) for p, rule in placed]
+        self.shared: dict[Axis, list[int]] = {}  # by axis, the parameters of which its ranks hold something
+        for i, (p, found) in enumerate(zip(self.parameters, pieces, strict=True)):
+            for axis in dict.fromkeys((*(cut.axis for cut in found.cuts), *found.distinct, *p.copies)):
+                self.shared.setdefault(axis, []).append(i)
         self.others = [(b, i) for i, found in enumerate(pieces) if i >= self.governed for b in found.blocks]
-        cuts = [{c.axis: c for c in found.cuts} if i < self.governed else {} for i, found in enumerate(pieces)]
-        distinct = [found.distinct for found in pieces]
-        every = [*dict.fromkeys(a for c, d in zip(cuts, distinct, strict=True) for a in (*c, *d))]
-        axes = _ordered(every, cuts, distinct)
-        # Which of a parameter's axes cut it, in the order of the plan.
-        cut_along = [[axis for axis in axes if axis in found] for found in cuts]
+        axes = _ordered(pieces)
+        place, ends = {axis: at for at, axis in enumerate(axes)}, [0] * len(axes)
+        cuts: list[_Cuts] = []
+        for found in pieces:
+            numbers = {place[cut.axis]: cut.numbers for cut in found.cuts}
+            cuts.append({at: (ends[at], numbers[at]) for at in sorted(numbers)})
+            for at, cut in numbers.items():
+                ends[at] += len(cut)
         blocks = [
-            (b, i, [axis for axis in cut_along[i] if _cuts(cuts[i][axis], b)])
+            (b, i, {at: first + n for at, (first, cut) in cuts[i].items() if (n := _place(b, cut)) is not None})
             for i, found in enumerate(pieces[: self.governed])
             for b in found.blocks
         ]
@@ -111,12 +119,58 @@ class Plan:
         self.blocks = [b for b, _, _ in blocks]
         self.owners = [i for _, i, _ in blocks]
         self.offsets = [0, *itertools.accumulate(b.units for b in self.blocks)]
-        whole_blocks = sum(not along for _, _, along in blocks)
-        self.whole = self.offsets[whole_blocks]
         self.whole_units = [0] * self.governed  # by governed parameter
-        for b, i, _ in blocks[:whole_blocks]:
-            self.whole_units[i] += b.units
-        self.axes = _Axes(self, [along for _, _, along in blocks], axes, cuts, distinct).plans()
+        for b, i, slots in blocks:
+            self.whole_units[i] += 0 if slots else b.units
+        self.whole = sum(self.whole_units)
+        along = [slots for _, _, slots in blocks]
+        counted = [[i for i, found in enumerate(pieces) if axis in found.distinct] for axis in axes]
+        # A parameter's counts are known once its last cut is healed, and can only be added up from then on.
+        known = [max(cut, default=-1) for cut in cuts]
+        self.axes = [
+            self._axis(axis, at, along, cuts, tuple(i for i in counted[at] if known[i] <= at))
+            for at, axis in enumerate(axes)
+        ]
+        for at, axis in enumerate(axes):  # only where axes cut each other's parameters both ways round
+            if late := tuple(i for i in counted[at] if known[i] > at):
+                self.axes.append(AxisPlan(axis, 0, Slots.of([]), (), None, (), Slots.of([]), late))
+
+    def _axis(
+        self, axis: Axis, at: int, along: Sequence[dict[int, int]], cuts: Sequence[_Cuts], reported: tuple[int, ...]
+    ) -> AxisPlan:
+        """The plan of the axis at this place. ``along``: by block, the slot of its first unit along each axis."""
+        first, last = [], []  # local units and their slots, whose first, whose last cut is this axis
+        for block, offset, slots in zip(self.blocks, self.offsets, along, strict=False):
+            if at in slots:
+                pair = _range(offset, block.units), _range(slots[at], block.units)
+                first += [pair] if at == min(slots) else []
+                last += [pair] if at == max(slots) else []
+        handed: dict[int, list[tuple[Tensor, Tensor]]] = {}  # what earlier axes hand on: their slots, and these
+        owners, done, total = [], [], 0
+        for i, cut in enumerate(cuts):
+            if at not in cut:
+                continue
+            start, units = cut[at]
+            slot, waiting = _range(start, len(units)), torch.ones_like(units, dtype=torch.bool)
+            for before in sorted((axis for axis in cut if axis < at), reverse=True):  # the latest has the whole sum
+                start_there, there = cut[before]
+                both = torch.isin(units, there) & waiting
+                waiting &= ~both
+                source = torch.searchsorted(there, units[both]) + start_there
+                handed.setdefault(before, []).append((source, slot[both]))
+            later = [there for after, (_, there) in cut.items() if after > at]
+            done.append(slot[~torch.isin(units, _cat(later))] if later else slot)
+            owners.append((i, len(done[-1])))
+            total += len(units)
+        pieces, complete = Slots.of(first), _cat(done)
+        carried = tuple((before, Slots.of(handed[before])) for before in sorted(handed))
+        if len(complete) == total and not carried:
+            return AxisPlan(axis, total, pieces, (), None, tuple(owners), pieces, reported)
+        local = Slots.of(last)
+        assert bool(torch.isin(local.slot, complete).all()), "a unit is complete after its last cut"
+        local = Slots.of([(local.source, torch.searchsorted(complete, local.slot))])
+        some = complete if len(complete) < total else None
+        return AxisPlan(axis, total, pieces, carried, some, tuple(owners), local, reported)
 
     def governed_now(self) -> list[tuple[int, Parameter, UnitRule]]:
         """The governed parameters that train now, with their places: one that was frozen since counts no more."""
@@ -138,155 +192,43 @@ class Plan:
         return sum(axis.slots for axis in self.axes)
 
 
-class _Axes:
-    """Makes the `AxisPlan` of every axis."""
-
-    def __init__(
-        self,
-        plan: Plan,
-        along: list[list[Axis]],
-        axes: list[Axis],
-        cuts: list[dict[Axis, Cut]],
-        distinct: Sequence[tuple[Axis, ...]],
-    ) -> None:
-        self.plan, self.along, self.axes, self.cuts, self.distinct = plan, along, axes, cuts, distinct
-        self.place = {axis: i for i, axis in enumerate(axes)}
-        # By axis and parameter, the first slot of its cut units.
-        self.base: list[dict[int, int]] = []
-        for axis in axes:
-            sizes = [(i, found[axis].units) for i, found in enumerate(cuts) if axis in found]
-            starts = itertools.accumulate((n for _, n in sizes), initial=0)
-            self.base.append({i: start for (i, _), start in zip(sizes, starts, strict=False)})
-
-    def plans(self) -> list[AxisPlan]:
-        # A parameter's counts are known once its last cut is healed, and can only be added up from then on.
-        known = [max((self.place[a] for a in found), default=-1) for found in self.cuts]
-        made = []
-        for here, axis in enumerate(self.axes):
-            reported = [i for i, d in enumerate(self.distinct) if axis in d and known[i] <= here]
-            made.append(self._plan(axis, tuple(reported)))
-        for here, axis in enumerate(self.axes):  # only where axes cut each other's parameters both ways round
-            late = [i for i, d in enumerate(self.distinct) if axis in d and known[i] > here]
-            if late:
-                none = Slots(_cat([]), _cat([]))
-                made.append(AxisPlan(axis, 0, none, (), None, (), none, tuple(late)))
-        return made
-
-    def _plan(self, axis: Axis, reported: tuple[int, ...]) -> AxisPlan:
-        here, plan = self.place[axis], self.plan
-        first, last = [], []  # (positions of local units, their slots) whose first, whose last cut is this axis
-        for b, (block, i, along) in enumerate(zip(plan.blocks, plan.owners, self.along, strict=True)):
-            if axis not in along:
-                continue
-            units = torch.arange(block.first_unit, block.first_unit + block.units, device="cpu")
-            position = torch.arange(plan.offsets[b], plan.offsets[b + 1], device="cpu")
-            slot = _slot_of(self.cuts[i][axis].runs, units) + self.base[here][i]
-            first += [(position, slot)] if along[0] == axis else []
-            last += [(position, slot)] if along[-1] == axis else []
-        carried: dict[int, list[tuple[Tensor, Tensor]]] = {}
-        owners, complete, slots = [], [], 0
-        for i, start in self.base[here].items():
-            count = self.cuts[i][axis].units
-            slots, slot = slots + count, torch.arange(start, start + count, device="cpu")
-            done = torch.ones_like(slot, dtype=torch.bool)
-            if len(self.cuts[i]) > 1:
-                done = self._hand_on(i, here, slot, carried)
-            owners.append((i, int(done.sum())))
-            complete.append(slot[done])
-        ready, pieces = _cat(complete), _joined(first)
-        if len(ready) == slots and not carried:
-            local = pieces
-        else:
-            place = torch.full((slots,), -1, device="cpu")
-            place[ready] = torch.arange(len(ready), device="cpu")
-            local = _joined(last)
-            local = Slots(local.source, place[local.slot])
-            assert bool((local.slot >= 0).all()), "a unit whose last cut is this axis is complete after it"
-        return AxisPlan(
-            axis,
-            slots,
-            pieces,
-            tuple((before, _joined(found)) for before, found in sorted(carried.items())),
-            ready if len(ready) < slots else None,
-            tuple(owners),
-            local,
-            reported,
-        )
-
-    def _hand_on(self, i: int, here: int, slot: Tensor, carried: dict[int, list[tuple[Tensor, Tensor]]]) -> Tensor:
-        """What earlier axes hand on to the slots of parameter i; returns which of them no later axis cuts."""
-        units = _units(self.cuts[i][self.axes[here]].runs)
-        elsewhere = {self.place[a]: cut for a, cut in self.cuts[i].items() if self.place[a] != here}
-        waiting = torch.ones_like(units, dtype=torch.bool)
-        for before in sorted((k for k in elsewhere if k < here), reverse=True):  # the latest one has the whole sum
-            inside = _inside(elsewhere[before].runs, units) & waiting
-            waiting &= ~inside
-            source = _slot_of(elsewhere[before].runs, units[inside]) + self.base[before][i]
-            carried.setdefault(before, []).append((source, slot[inside]))
-        done = torch.ones_like(units, dtype=torch.bool)
-        for after in (k for k in elsewhere if k > here):
-            done &= ~_inside(elsewhere[after].runs, units)
-        return done
-
-
-def _cuts(cut: Cut, block: Block) -> bool:
-    """Whether the block's units are cut; all of them are or none is, since blocks begin and end where cuts do."""
-    inside = _inside(cut.runs, torch.arange(block.first_unit, block.first_unit + block.units, device="cpu"))
-    assert bool(inside.all()) or not bool(inside.any()), "a block of whole and cut units"
-    return bool(inside.any())
-
-
-def _run(runs: Tensor, units: Tensor) -> Tensor:
-    """The last run that begins no later than each unit; -1 where none does."""
-    return torch.searchsorted(runs[:, 0].contiguous(), units, right=True) - 1
-
-
-def _inside(runs: Tensor, units: Tensor) -> Tensor:
-    if not len(runs):
-        return torch.zeros_like(units, dtype=torch.bool)
-    run = _run(runs, units)
-    return (run >= 0) & (units < runs[:, 1][run.clamp(min=0)])
-
-
-def _slot_of(runs: Tensor, units: Tensor) -> Tensor:
-    """The place of units that lie in ``runs`` among all that do."""
-    first, stop = runs[:, 0], runs[:, 1]
-    run = _run(runs, units)
-    return (torch.cumsum(stop - first, 0) - (stop - first))[run] + units - first[run]
-
-
-def _units(runs: Tensor) -> Tensor:
-    first, length = runs[:, 0], runs[:, 1] - runs[:, 0]
-    before = torch.cumsum(length, 0) - length
-    return torch.repeat_interleave(first - before, length) + torch.arange(int(length.sum()), device="cpu")
-
-
-def _joined(found: list[tuple[Tensor, Tensor]]) -> Slots:
-    source, slot = _cat([a for a, _ in found]), _cat([b for _, b in found])
-    order = torch.argsort(slot, stable=True)
-    return Slots(source[order], slot[order])
-
-
-def _cat(parts: list[Tensor]) -> Tensor:
-    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64, device="cpu")
-
-
-def _ordered(axes: list[Axis], cuts: Sequence[dict[Axis, Cut]], distinct: Sequence[tuple[Axis, ...]]) -> list[Axis]:
+def _ordered(pieces: Sequence[Pieces]) -> list[Axis]:
     """An order of the axes from structure alone, so that ranks that share an axis agree on it.
 
     An axis that cuts some of a parameter's units and leaves others whole comes after the parameter's other cuts: a
     rank holds only some of the cut units. Where it can be had, an axis along which a parameter is counted, too, comes
     after all that cut it.
     """
-    must: dict[Axis, set[Axis]] = {axis: set() for axis in axes}
-    should: dict[Axis, set[Axis]] = {axis: set() for axis in axes}
-    for cut, apart in zip(cuts, distinct, strict=True):
-        for axis in apart:
-            (must if axis in cut else should)[axis].update(other for other in cut if other != axis)
+    left = dict.fromkeys(axis for found in pieces for axis in (*(cut.axis for cut in found.cuts), *found.distinct))
+    must: dict[Axis, set[Axis]] = {axis: set() for axis in left}
+    should: dict[Axis, set[Axis]] = {axis: set() for axis in left}
+    for found in pieces:
+        cut = {cut.axis for cut in found.cuts}
+        for axis in found.distinct:
+            (must if axis in cut else should)[axis] |= cut - {axis}
     ordered: list[Axis] = []
-    while len(ordered) < len(axes):
-        left = [axis for axis in axes if axis not in ordered]
+    while left:
         free = [axis for axis in left if must[axis] <= {*ordered}]
         assert free, "axes that each cut what the other has cut before"
         ordered.append(next((axis for axis in free if should[axis] <= {*ordered}), free[0]))
+        del left[ordered[-1]]
     return ordered
+
+
+def _place(block: Block, cut: Tensor) -> int | None:
+    """The place of the block's first unit among the ``cut`` ones; None where its units are not cut.
+
+    All of them are or none is, since blocks begin and end where cuts do.
+    """
+    ends = torch.tensor([block.first_unit, block.first_unit + block.units], device="cpu")
+    first, stop = torch.searchsorted(cut, ends).tolist()
+    assert stop - first in (0, block.units), "a block of whole and cut units"
+    return first if stop > first else None
+
+
+def _range(first: int, length: int) -> Tensor:
+    return torch.arange(first, first + length, device="cpu")
+
+
+def _cat(parts: Sequence[Tensor]) -> Tensor:
+    return torch.cat([torch.empty(0, dtype=torch.int64, device="cpu"), *parts])

@@ -23,13 +23,10 @@ FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-fPIC", "-shared")
 
 @cache
 def load() -> Any:
-    """Compile the kernel (0.25 s) and return its function.
+    """Compile the kernel (0.25 s) and return its function. RuntimeError: there is no C++ compiler, or it fails.
 
     Nothing is kept on disk, so that no lock and no cache can be left behind, and nothing built for one machine be found
     on another that shares its home.
-
-    Raises:
-        RuntimeError: there is no C++ compiler, or it fails.
     """
     compiler = shlex.split(os.environ.get("CXX") or "c++")
     with tempfile.TemporaryDirectory(prefix="dist_agc-") as folder:
@@ -55,8 +52,8 @@ def serves(x: Tensor, reduced: tuple[int, ...], out: Tensor) -> bool:
     summed = [d in reduced for d in range(x.ndim) if x.shape[d] > 1]  # dims of size 1 say nothing
     in_rows = bool(reduced) and summed == sorted(summed)
     # Within a row the order of elements does not matter.
-    last = x.ndim == 4 and {1, 2, 3} <= {*reduced} and x.is_contiguous(memory_format=torch.channels_last)
-    dense = x.is_contiguous() or last
+    any_order = x.ndim == 4 and {1, 2, 3} <= {*reduced}
+    dense = x.is_contiguous() or (any_order and x.is_contiguous(memory_format=torch.channels_last))
     plain = all(t.is_cpu and t.dtype == torch.float32 and not t.is_neg() for t in (x, out)) and out.is_contiguous()
     return in_rows and dense and plain and x.numel() > 0
 

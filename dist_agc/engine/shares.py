@@ -6,6 +6,7 @@ Tensor parallelism without FSDP2 leaves such gradients (``SequenceParallel``'s n
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -16,23 +17,18 @@ from .plan import Plan
 
 
 class Shares:
-    """Which gradients are added up in every call, by axis.
+    """Which gradients are added up in every call, by axis. The ranks agree on it once, at the first call.
 
-    The ranks agree on it once, here. Along each axis of its copies, a parameter whose gradient is a share on any rank
-    is added up from now on, and so is one of which no rank has a gradient yet: nobody can know what it will be. One
-    that is complete is left alone.
-
-    Args:
-        axes: in an order that all ranks share.
-        grads: of ``plan.parameters``, as they are at this first call.
+    Along each axis of its copies, a parameter whose gradient is a share on any rank is added up from then on, and so is
+    one of which no rank has a gradient yet: nobody can know what it will be. One that is complete is left alone.
+    ``axes`` are in an order that all ranks share.
     """
 
     def __init__(self, plan: Plan, axes: Sequence[Axis], grads: Sequence[Tensor | None]) -> None:
         self._parameters, self._governed = plan.parameters, plan.governed
-        candidates = [i for i, p in enumerate(plan.parameters) if p.may_be_share]
         self._added: dict[Axis, list[int]] = {}
         for axis in axes:
-            which = [i for i in candidates if axis in plan.parameters[i].copies]
+            which = [i for i, p in enumerate(plan.parameters) if p.may_be_share and axis in p.copies]
             if which:
                 known = [grads[i] is not None for i in which]
                 shares = [a and axis in plan.parameters[i].pending() for a, i in zip(known, which, strict=True)]
@@ -40,16 +36,11 @@ class Shares:
                 pairs = zip(which, flags, flags[len(which) :], strict=False)
                 self._added[axis] = [i for i, share, seen in pairs if share or not seen]
 
-    def add_up(
-        self, weights: Sequence[Tensor], grads: Sequence[Tensor | None]
-    ) -> tuple[list[Tensor | None], list[int]]:
-        """The gradients with sums, in memory of their own, in the places of shares; and of which parameters.
+    def add_up(self, weights: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """The gradients with sums, in memory of their own, in the places of shares. One collective an axis.
 
-        One collective an axis. A rank without a gradient sends zeros and gets the sum as well, so that it measures what
-        the others do. One whose gradient turns out to be complete keeps it as it is.
-
-        Raises:
-            ValueError: a gradient has become a share that was complete at the first call.
+        A rank without a gradient sends zeros and gets the sum as well, so that it measures what the others do. One
+        whose gradient turns out to be complete keeps it; ValueError where one was complete and has become a share.
         """
         pending = [(i, p.pending()) for i, p in enumerate(self._parameters) if p.may_be_share and grads[i] is not None]
         shares = {axis: {i for i, axes in pending if axis in axes} for axes in dict(pending).values() for axis in axes}
@@ -68,21 +59,18 @@ class Shares:
                 for i, total in zip(which, _sums(given, axis), strict=True):
                     if grads[i] is None or i in shares.get(axis, ()):
                         complete[i] = total
-        return complete, sorted(set().union(*shares.values())) if shares else []
+        return complete
 
-    def settle(self, summed: Sequence[int], grads: Sequence[Tensor | None]) -> None:
+    def settle(self, grads: Sequence[Tensor | None], complete: Sequence[Tensor | None]) -> None:
         """Hand the sums over to the parameters that AGC governs; others keep their shares for the optimizer."""
-        for i in summed:
-            total = grads[i]
-            if i < self._governed and total is not None:
-                self._parameters[i].settle(total)
+        for p, share, total in zip(self._parameters[: self._governed], grads, complete, strict=False):
+            if share is not None and total is not None and total is not share:
+                p.settle(total)
 
 
 def _sums(shares: Sequence[Tensor], axis: Axis) -> list[Tensor]:
     """The sums over ``axis`` of tensors that have the same shapes on all of its ranks; fp32 at least, in one buffer."""
-    dtype = torch.float32
-    for share in shares:
-        dtype = torch.promote_types(dtype, share.dtype)
+    dtype = reduce(torch.promote_types, (share.dtype for share in shares), torch.float32)
     total = all_reduce(torch.cat([share.flatten().to(dtype) for share in shares]), axis)
     parts = total.split([share.numel() for share in shares])
     return [part.view(share.shape).to(share.dtype) for part, share in zip(parts, shares, strict=True)]

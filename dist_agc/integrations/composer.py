@@ -41,6 +41,7 @@ class AGC(CallbackBase, Algorithm):
         self, config: AGCConfig | None = None, *, log_every: int = 1, per_parameter_every: int = 0, **options: Any
     ) -> None:
         super().__init__(config, options, per_parameter_every)
+        self.config = self.config or AGCConfig()  # there is no other config that may have the settings
         self.log_every = log_every
 
     def match(self, event: Event, state: State) -> bool:

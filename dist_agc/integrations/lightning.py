@@ -65,4 +65,4 @@ class AGCCallback(CallbackBase, Callback):
         if self.stats is not None:
             # Tensors and not floats: Lightning decides itself when to wait for the device.
             per_parameter = self._per_parameter(trainer.global_step + 1)
-            pl_module.log_dict(self.stats.as_tensors(per_parameter=per_parameter))
+            pl_module.log_dict(self.stats._as_tensors(per_parameter=per_parameter))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import dist_agc
 
 from ..conformance import sharding
-from ..console import require
+from .console import require
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..console.plots import AGC, FAINT, INK, LEGEND, OTHER, dress, figure, log_axis
+from .console.plots import AGC, FAINT, INK, LEGEND, OTHER, dress, figure, log_axis
 
 if TYPE_CHECKING:
     from ..lab.growing import Curve

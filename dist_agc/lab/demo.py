@@ -13,8 +13,8 @@ from typing import IO, TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..console import launch, require
 from .backends import BACKENDS
+from .console import launch, require
 from .tasks import TASKS, load
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..console.plots import AGC, LEGEND, WITHOUT, dress, figure, log_axis, percent_axis
+from .console.plots import AGC, LEGEND, WITHOUT, dress, figure, log_axis, percent_axis
 from .training import Run
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from statistics import fmean
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
-from ..console.display import Display, percent
+from .console.display import Display, percent
 from .training import Run, Step
 
 PLAIN_LINES = 8  # of each run

@@ -46,6 +46,14 @@ class Method:
         pairs = zip(self._means(self.seconds), self._means(other.seconds), strict=True)
         return statistics.median(mine / theirs for mine, theirs in pairs)
 
+    def record(self, found: Sequence[Method], floor: str) -> dict[str, Any]:
+        """For a table or for JSON, beside the baseline and the method called ``floor`` among those ``found``."""
+        if self.call is None:
+            return {"method": self.name, "unavailable": self.reason}
+        beside = {"to_norm_clip": [m for m in found if m.baseline], "to_floor": [m for m in found if m.name == floor]}
+        ratios = {name: self.ratio(others[0]) for name, others in beside.items() if others}
+        return {"method": self.name, "ms": 1e3 * self.typical, **ratios, **self.counts}
+
     def _means(self, seconds: Sequence[float]) -> list[float]:
         whole = range(0, len(seconds) - self.period + 1, self.period)
         return [statistics.fmean(seconds[start : start + self.period]) for start in whole]

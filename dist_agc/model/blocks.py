@@ -83,8 +83,11 @@ class Cut:
     runs: Tensor
 
     @property
-    def units(self) -> int:
-        return int((self.runs[:, 1] - self.runs[:, 0]).sum())
+    def numbers(self) -> Tensor:
+        """The number of every cut unit, ascending."""
+        first, length = self.runs[:, 0], self.runs[:, 1] - self.runs[:, 0]
+        before = length.cumsum(0) - length
+        return torch.repeat_interleave(first - before, length) + torch.arange(int(length.sum()), device="cpu")
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,11 +101,6 @@ class Pieces:
     blocks: tuple[Block, ...]
     cuts: tuple[Cut, ...] = ()
     distinct: tuple[Axis, ...] = ()
-
-
-def whole(rule: UnitRule) -> Pieces:
-    """All of a parameter, as a rank holds it that shares it with nobody."""
-    return sharded(rule, (math.prod(rule.shape[:2]), *rule.shape[2:]) if rule.grouped else rule.shape)
 
 
 def sharded(rule: UnitRule | None, local_shape: Sequence[int], cuts: Along = ()) -> Pieces:

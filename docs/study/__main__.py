@@ -6,7 +6,7 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from dist_agc.console import application, require
+from dist_agc.lab.console import application, require
 
 if __name__ == "__main__":
     require("cli", "typer", "rich")

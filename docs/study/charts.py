@@ -8,7 +8,7 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dist_agc.console.plots import AGC, COLOURS, LEGEND, WITHOUT, dress, figure, log_axis, percent_axis
+from dist_agc.lab.console.plots import AGC, COLOURS, LEGEND, WITHOUT, dress, figure, log_axis, percent_axis
 
 from .cells import Cell, Cells, Setting, best
 from .networks import NETWORKS

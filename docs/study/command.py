@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dist_agc.console import launch, require
+from dist_agc.lab.console import launch, require
 
 from .trials import FULL, PARTS, QUICK, Case, Study, mixed
 
 if TYPE_CHECKING:
-    from dist_agc.console.display import Display
+    from dist_agc.lab.console.display import Display
 
     from .claims import Finding
     from .results import Results
@@ -72,7 +72,7 @@ def command(
     python docs/study --out docs/study --page docs/study.md
     """
     require("demo", "sklearn", "matplotlib")
-    from dist_agc.console.display import Display
+    from dist_agc.lab.console.display import Display
 
     from .tables import marked
 
@@ -105,7 +105,7 @@ def _results(study: Study, out: Path, display: Display) -> Results:
 
 
 def _trials(study: Study, parts: Sequence[str], seeds: int, jobs: int, out: Path, display: Display) -> None:
-    from dist_agc.console.display import work
+    from dist_agc.lab.console.display import work
 
     from . import pool
 
@@ -138,7 +138,7 @@ def _start_sharded(study: Study, quick: bool, out: Path, display: Display) -> No
 
 def _sharded(here: launch.Place, study: Study, out: Path) -> None:
     """What every process of the sharded part does."""
-    from dist_agc.console.display import Display
+    from dist_agc.lab.console.display import Display
 
     from .sharded import compare
 

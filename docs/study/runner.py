@@ -17,8 +17,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 import dist_agc
 from dist_agc.conformance.sharding import fsdp2
-from dist_agc.console import launch
 from dist_agc.lab.backends import Trainee
+from dist_agc.lab.console import launch
 from dist_agc.lab.tasks import Task, load
 from dist_agc.lab.training import Run, train
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from dist_agc.console import launch
+from dist_agc.lab.console import launch
 from dist_agc.lab.tasks import Split
 
 from .networks import NETWORKS

@@ -15,7 +15,7 @@ import pytest
 import torch
 import typer
 
-from dist_agc.console import application, launch
+from dist_agc.lab.console import application, launch
 from study import pool, runner, sharded
 from study.command import command
 from study.networks import NETWORKS

@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from .launch import Place
+from .launch import ALONE, Place
 
 PLAIN_SECONDS = 30  # between lines of long work
 
@@ -21,24 +22,24 @@ def percent(value: float | None) -> str:
 
 def console(here: Place | None, *, stderr: bool = False) -> Console:
     """What prints on rank 0 alone."""
+    here = here or ALONE
     # Open MPI gives every process a terminal of its own, also where its output goes into a file.
-    terminal = False if here is not None and here.launcher == "mpirun" else None
-    return Console(quiet=here is not None and here.rank != 0, force_terminal=terminal, highlight=False, stderr=stderr)
+    terminal = False if here.launcher == "mpirun" else None
+    return Console(quiet=here.rank != 0, force_terminal=terminal, highlight=False, stderr=stderr)
 
 
 @contextmanager
 def work(console: Console, label: str, pieces: int) -> Iterator[Callable[[], None]]:
-    """Yields what to call with every piece of work that is done; shows how long the rest will take."""
+    """Yields what to call after every piece of work; shows how long the rest will take."""
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[left]}")
     began = said = time.monotonic()
-    done = 0
+    numbers = count(1)
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task(label, total=pieces, left="")
 
         def advance() -> None:
-            nonlocal done, said
-            done += 1
-            now = time.monotonic()
+            nonlocal said
+            done, now = next(numbers), time.monotonic()
             seconds = (now - began) / done * (pieces - done)
             left = f"{seconds / 60:.0f} minutes left" if seconds > 90 else f"{seconds:.0f} seconds left"
             bar.update(task, completed=done, left=left)

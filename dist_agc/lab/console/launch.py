@@ -14,11 +14,6 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
-# By name of the launcher: where it tells a process its rank and the number of processes.
-LAUNCHERS = {
-    "torchrun": ("RANK", "WORLD_SIZE"),  # the DeepSpeed launcher too
-    "mpirun": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
-}
 GROUP_TIMEOUT = timedelta(seconds=120)
 INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C has ended
 
@@ -37,7 +32,8 @@ ALONE = Place("", 0, 1)
 
 def place(env: Mapping[str, str] = os.environ) -> Place | None:
     """What torchrun, the DeepSpeed launcher or mpirun says; None where the command was started by itself."""
-    for launcher, (rank, size) in LAUNCHERS.items():
+    mpi = "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"
+    for launcher, (rank, size) in {"torchrun": ("RANK", "WORLD_SIZE"), "mpirun": mpi}.items():
         if rank in env and size in env:
             return Place(launcher, int(env[rank]), int(env[size]))
     return None
@@ -49,12 +45,12 @@ def torchrun(arguments: Sequence[str], nproc: int, program: Path | None = None) 
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    local = ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"]
+    local = "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"
     # "--": or torchrun takes an option of the command, such as --nproc, for one of its own cut short.
     started = ["--module", "--", "dist_agc.cli"] if program is None else ["--", str(program)]
-    silenced, threads = logging.root.manager.disable, os.environ.get("OMP_NUM_THREADS")
+    silenced, threads_given = logging.root.manager.disable, "OMP_NUM_THREADS" in os.environ
     logging.disable()  # torchrun's account of a worker that failed is a page; here it is one line
-    os.environ["OMP_NUM_THREADS"] = threads or str(max(1, (os.cpu_count() or 1) // nproc))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
     try:
         run.run(run.parse_args([*local, f"--nproc-per-node={nproc}", *started, *arguments]))
     except ChildFailedError as error:
@@ -68,7 +64,7 @@ def torchrun(arguments: Sequence[str], nproc: int, program: Path | None = None) 
         return INTERRUPTED
     finally:
         logging.disable(silenced)
-        if threads is None:
+        if not threads_given:
             del os.environ["OMP_NUM_THREADS"]
         if sys.stdout.isatty():
             sys.stdout.write("\x1b[?25h")  # a progress bar that was cut off leaves the cursor hidden
@@ -86,7 +82,9 @@ def process_group(here: Place) -> Iterator[None]:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     store = dist.HashStore() if here is ALONE else None  # pyright: ignore[reportPrivateImportUsage]
     address = None if here is ALONE else meeting_point(os.environ)
-    dist.init_process_group("gloo", address, GROUP_TIMEOUT, here.size, here.rank, store)
+    dist.init_process_group(
+        "gloo", init_method=address, store=store, rank=here.rank, world_size=here.size, timeout=GROUP_TIMEOUT
+    )
     try:
         yield
     finally:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 AGC, WITHOUT = "#1f6f8b", "#c8553d"
@@ -59,11 +58,8 @@ def log_axis(axes: Axes, which: Literal["x", "y"], values: Iterable[float]) -> N
 
     values = [value for value in values if value > 0]
     reach = max(values) / min(values) if values else 1.0
-    getattr(axes, f"set_{which}scale")("log")
-    axis: Axis = getattr(axes, f"{which}axis")
-    if reach < 6:
-        axis.set_major_locator(MaxNLocator(5))
-    else:
-        axis.set_major_locator(LogLocator(subs=(1.0,) if reach > 100 else (1.0, 2.0, 5.0)))
+    axes.set(**{f"{which}scale": "log"})
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    axis.set_major_locator(MaxNLocator(5) if reach < 6 else LogLocator(subs=(1,) if reach > 100 else (1, 2, 5)))
     axis.set_major_formatter(lambda value, _: f"{value:,.6g}")
     axis.set_minor_formatter(NullFormatter())
