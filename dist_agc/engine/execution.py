@@ -132,8 +132,7 @@ def _problem(weight: Tensor, grad: Tensor, plan: Plan, i: int) -> str | None:
             "gradients were reduced, right before the optimizer's step."
         )
     if grad.layout == torch.strided:
-        lies = zip(grad.stride(), grad.shape, strict=True)
-        if 0 in grad.stride() and grad.numel() and any(stride == 0 and size > 1 for stride, size in lies):
+        if 0 in grad.stride() and grad.numel() and 0 in grad.squeeze().stride():
             return (
                 "has a gradient with several elements in one place of memory (an expanded tensor), which cannot be "
                 "scaled in place: give it one of its own, grad.clone()."

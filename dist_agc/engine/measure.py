@@ -79,9 +79,9 @@ class _OnDevice:
                 continue
             view = block.view(tensor)
             lies = (at, view.stride(), view.dtype, view.device, view.is_neg())
-            if lies not in self._chosen:
-                self._chosen[lies] = one_kernel(view, block.reduced, out, own=self._own) or unit_norms_
-            self._chosen[lies](view, block.reduced, out)
+            if (kernel := self._chosen.get(lies)) is None:
+                kernel = self._chosen[lies] = one_kernel(view, block.reduced, out, own=self._own) or unit_norms_
+            kernel(view, block.reduced, out)
 
     def _small(self, tensors: Sequence[Tensor | None]) -> Tensor:
         parts = [
