@@ -111,14 +111,16 @@ class _Steps:
         register_optimizer_step_pre_hook(self._before)
         register_optimizer_step_post_hook(self._after)
 
-    @torch._disable_dynamo  # pyright: ignore[reportPrivateImportUsage]
     def _before(self, optimizer: Optimizer, *_: Any) -> None:
+        if torch.compiler.is_compiling():  # torch.compile leaves this out of a compiled step, attached or not
+            return
         self._number += 1
         self._began[optimizer] = self._number
         self._running.add(optimizer)
 
-    @torch._disable_dynamo  # pyright: ignore[reportPrivateImportUsage]
     def _after(self, optimizer: Optimizer, *_: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
         self._running.discard(optimizer)
         if optimizer in self.attached or optimizer in self.looked_at:
             return

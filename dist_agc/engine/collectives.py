@@ -13,10 +13,7 @@ from ..model.blocks import Axis
 
 
 def communication_device(device: torch.device, group: Any) -> torch.device:
-    """Where a buffer must lie for a collective of ``group``.
-
-    CPU-offloaded gradients with an NCCL group: the packed buffer moves, the gradients do not.
-    """
+    """Where a buffer must lie for ``group``: with gradients on CPU and an NCCL group it moves, and they do not."""
     backends = dict(pair.split(":") for pair in dist.get_backend_config(group).split(",") if ":" in pair)
     if not backends or device.type in backends:
         return device

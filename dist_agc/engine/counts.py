@@ -13,15 +13,11 @@ from .plan import STATISTICS
 
 
 class Judged(NamedTuple):
-    """Units that a rule has judged, each of shape (units,).
+    """Units that a rule has judged, each of shape (units,)."""
 
-    ``coefficient``: 1 leaves the gradient alone. ``finite``: whether the gradient's norm is. ``ratio`` is that of a
-    gradient that counts as zero where it is not.
-    """
-
-    coefficient: Tensor
-    ratio: Tensor
-    finite: Tensor
+    coefficient: Tensor  # 1 leaves the gradient alone
+    ratio: Tensor  # a gradient that is not finite counts as zero
+    finite: Tensor  # whether the gradient's norm is
     grad_norm: Tensor
 
 

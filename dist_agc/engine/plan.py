@@ -216,13 +216,10 @@ def _ordered(pieces: Sequence[Pieces]) -> list[Axis]:
 
 
 def _place(block: Block, cut: Tensor) -> int | None:
-    """The place of the block's first unit among the ``cut`` ones; None where its units are not cut.
-
-    All of them are or none is, since blocks begin and end where cuts do.
-    """
+    """The place of the block's first unit among the ``cut`` ones; None where none of its units is cut."""
     ends = torch.tensor([block.first_unit, block.first_unit + block.units], device="cpu")
     first, stop = torch.searchsorted(cut, ends).tolist()
-    assert stop - first in (0, block.units), "a block of whole and cut units"
+    assert stop - first in (0, block.units), "a block of whole and cut units"  # blocks begin and end where cuts do
     return first if stop > first else None
 
 

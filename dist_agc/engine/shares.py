@@ -1,6 +1,7 @@
 """Gradients of copies that come as each rank's share of a sum: they are added up before anything is measured.
 
-Tensor parallelism without FSDP2 leaves such gradients (``SequenceParallel``'s norms), for the optimizer to add up.
+Tensor parallelism alone leaves such gradients, for the optimizer to add up: those of norms that saw only a part of each
+sequence.
 """
 
 from __future__ import annotations
