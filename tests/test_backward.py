@@ -351,7 +351,7 @@ class Recomputed(nn.Module):
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_fsdp2_with_activation_checkpointing(world: Any, reentrant: bool) -> None:
     model, plain = Recomputed(reentrant), Recomputed(False)
-    rules, threshold = oracle.unit_rules(plain), 0.01
+    rules, threshold = oracle.unit_rules(plain), 0.03
     for layer in model.layers:
         fully_shard(layer, mesh=world.mesh())
     fully_shard(model, mesh=world.mesh())
