@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from collections.abc import Callable
 from datetime import timedelta
-from threading import Lock, Thread
+from threading import Event, Lock, Thread
 from typing import NoReturn, TypeVar
 
 import torch.distributed as dist
@@ -66,7 +65,9 @@ class Ranks:
         """
         self._meetings += 1
         meeting, turn = self._meetings, Lock()  # taken for good by the thread that speaks for this rank
-        Thread(target=self._watch, args=(meeting, turn), daemon=True).start()
+        over = Event()
+        watcher = Thread(target=self._watch, args=(meeting, turn, over), daemon=True)
+        watcher.start()
         result, said = None, ""
         try:
             result = call()
@@ -74,16 +75,18 @@ class Ranks:
             said = f"{type(error).__name__}: {error}"
             self._store.compare_set(f"{meeting}/failed", "", str(self.rank))  # the first alone
         turn.acquire()
+        over.set()
+        watcher.join()  # a thread inside of the store while Python ends would abort the process
         texts = self._hear(self._store, meeting, said)
         if any(texts):
             self._fail(self._store, meeting, texts, together)
         return result  # type: ignore[return-value]
 
-    def _watch(self, meeting: int, turn: Lock) -> None:
+    def _watch(self, meeting: int, turn: Lock, over: Event) -> None:
         """Speaks for this rank where it does not come back from ``each`` though another failed there."""
         left = GRACE
         while not turn.locked():
-            time.sleep(0.2)
+            over.wait(0.2)
             if left < GRACE or self._watched.check([f"{meeting}/failed"]):
                 left -= 0.2
             if left <= 0 and turn.acquire(blocking=False):
