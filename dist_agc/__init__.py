@@ -6,8 +6,9 @@ The method is that of Brock et al. 2021, arXiv 2102.06171.
 from .attach import AGCHook, attach
 from .clipper import Clipper, apply_agc
 from .config import AGCConfig
+from .model.kinds import register_units
 from .model.names import last_linear
-from .observe import Ratios, ratios
+from .observe import Ratios, UnitRow, ratios, units
 from .stats import ClipStats, ParameterStats
 
 __version__ = "0.1.0"
@@ -19,8 +20,11 @@ __all__ = [
     "Clipper",
     "ParameterStats",
     "Ratios",
+    "UnitRow",
     "apply_agc",
     "attach",
     "last_linear",
     "ratios",
+    "register_units",
+    "units",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -15,6 +16,8 @@ from . import frameworks
 from .config import AGCConfig, check_threshold
 from .engine.execution import Execution
 from .engine.row_norms import load
+from .model.kinds import registrations
+from .model.names import numberless
 from .model.parameter import Parameter
 from .model.units import UnitRule, unit_rules
 from .stats import ClipStats
@@ -67,6 +70,7 @@ class Clipper:
         self._executions: dict[frozenset[int] | None, Execution] = {}
         for p, rule in self._trained():
             p.pieces(rule)  # here, so that what cannot be cut into its units is told at once
+        _tell_guesses(self._trained())
 
     def _trained(self) -> list[tuple[Parameter, UnitRule | None]]:
         pairs = zip(self.parameters, self.rules, strict=True)
@@ -80,6 +84,7 @@ class Clipper:
         """That of all parameters, or of these. Kept until something that it covers trains for the first time."""
         for place in [i for i, p in self._idle.items() if p.trains]:
             new = id(self._idle.pop(place).tensor)
+            _tell_guesses([(self.parameters[place], self.rules[place])])
             self._executions = {k: e for k, e in self._executions.items() if k is not None and new not in k}
         key = None if tensors is None else frozenset(map(id, tensors))
         if key not in self._executions:
@@ -117,6 +122,24 @@ class Clipper:
             clipping_threshold = check_threshold(clipping_threshold)
         with torch.no_grad(), torch.profiler.record_function("dist_agc::clip"):
             return self.execution(holders).clip(thresholds or {}, grad_scale, clipping_threshold)
+
+
+def _tell_guesses(pairs: Iterable[tuple[Parameter, UnitRule | None]]) -> None:
+    """One warning for all units that are guessed where a guess is likely to be wrong: of three dims or more."""
+    guessed = {numberless(p.name): p for p, rule in pairs if rule is not None and rule.guessed and len(p.shape) > 2}
+    if not guessed:
+        return
+    found = [f"{name!r} {p.shape}" for name, p in guessed.items()]
+    more = f" and {len(found) - 5} more" if len(found) > 5 else ""
+    warnings.warn(
+        f"dist_agc guesses that dim 0 numbers the units of {', '.join(found[:5])}{more}: it does not know their "
+        f"modules. Say which dims do: units={{{next(iter(guessed))!r}: 0}} keeps the guess, (0, 1) is for a stack of "
+        "matrices (n, out, in), (0, 2) for (n, in, out). dist_agc.units(model) lists what is known; "
+        "dist_agc.register_units says it for every module of a type. (A list of parameters in place of the model hides "
+        "their modules.)",
+        UserWarning,
+        stacklevel=2,
+    )
 
 
 # The last plan of every model that `apply_agc` has seen, for as long as the model lives.
@@ -162,7 +185,7 @@ def clipper_of(model: Model, config: AGCConfig) -> Clipper:
     """
     if not isinstance(model, nn.Module):
         return Clipper(model, config)
-    key = (replace(config, clipping_threshold=1.0), [id(p) for p in model.parameters()])
+    key = (replace(config, clipping_threshold=1.0), [id(p) for p in model.parameters()], registrations())
     kept = _clippers.get(model)
     if kept is None or kept[0] != key:
         kept = _clippers[model] = (key, Clipper(model, config))

@@ -44,15 +44,19 @@ def _check_units(value: object) -> Literal["leading"] | dict[str, tuple[int, ...
     for pattern, dims in value.items():
         if not isinstance(pattern, str) or not pattern:
             raise TypeError(f"the keys of units must be non-empty glob patterns, got {pattern!r}.")
-        dims = (dims,) if isinstance(dims, int) else dims
-        whole_numbers = isinstance(dims, tuple | list) and all(type(dim) is int for dim in dims)
-        if not whole_numbers or len(set(dims)) != len(dims):
-            raise TypeError(
-                f"units[{pattern!r}] must be a dim or a tuple of distinct dims, such as 0 or (0, 1), or () for the "
-                f"whole tensor; got {dims!r}."
-            )
-        checked[pattern] = tuple(dims)
+        checked[pattern] = check_dims(dims, f"units[{pattern!r}]")
     return checked
+
+
+def check_dims(value: object, name: str) -> tuple[int, ...]:
+    """``value`` as a tuple of dims. TypeError: it is neither a dim nor distinct dims."""
+    dims = (value,) if isinstance(value, int) else value
+    if not isinstance(dims, tuple | list) or any(type(dim) is not int for dim in dims) or len(set(dims)) != len(dims):
+        raise TypeError(
+            f"{name} must be a dim or a tuple of distinct dims, such as 0 or (0, 1), or () for the whole tensor; got "
+            f"{value!r}."
+        )
+    return tuple(dims)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,18 +1,21 @@
-"""Looking without clipping: how many units have a ratio above each of several thresholds."""
+"""Looking without clipping: what the units of a model are, and how many have a ratio above each threshold."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .clipper import Clipper, clipper_of
+from . import frameworks
+from .clipper import Clipper, Model, clipper_of
 from .config import AGCConfig, check_threshold
 from .engine.counts import Above
 from .engine.execution import AT_LIMIT
+from .model.products import Products, agrees
+from .model.units import unit_rules
 
 # Half octaves through 0.01, 0.02, 0.04, 0.08 and 0.16, the thresholds that were published.
 THRESHOLDS = tuple(0.01 * 2 ** (k / 2) for k in range(-12, 15))
@@ -74,3 +77,80 @@ def ratios(
     governed = execution.plan.governed_now()
     units = {p.name: rule.count for _, p, rule in governed}
     return Ratios(asked, units, {p.name: tuple(map(int, counts[i])) for i, p, _ in governed})
+
+
+@dataclass(frozen=True)
+class UnitRow:
+    """What numbers the units of one parameter.
+
+    Attributes:
+        name: of the parameter; the first of its names, where it is tied.
+        shape: of the whole parameter, over all ranks.
+        dims: which dims of ``view`` number the units; () for one unit, the whole tensor.
+        count: how many units it has.
+        why: one phrase.
+        guessed: whether nothing but the shape says so.
+        observed: with ``run=``, the dims that its products leave (those of the first that contradicts ``dims``, if one
+            does); None where no product of the parameter itself was seen.
+        view: the shape as which the parameter is looked at: ``shape``, unless the units run through a part of a dim, as
+            in a grouped ``ConvTranspose``.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dims: tuple[int, ...]
+    count: int
+    why: str
+    guessed: bool
+    observed: tuple[int, ...] | None
+    view: tuple[int, ...]
+
+    @property
+    def disagrees(self) -> bool:
+        """Whether the products of the forward pass leave other dims than those that number the units."""
+        return self.observed is not None and self.observed != self.dims
+
+
+def units(model: Model, run: Callable[[], Any] | None = None, **options: Any) -> list[UnitRow]:
+    """Say for every parameter which dims number its units, and why. Nothing is clipped.
+
+    The model may be on the meta device, so that one that is too large for this machine can be looked at, and sharded.
+
+    Args:
+        model: a module, or an iterable of parameters or of (name, parameter) pairs.
+        run: a forward pass, such as ``lambda: model(x)``. It is run once, and the dims that its matrix products and
+            convolutions leave are set beside the rule of each parameter. Run it before sharding: what a product takes
+            is traced to a parameter by its memory.
+        options: ``units``, as in `AGCConfig`.
+
+    Returns:
+        One row for each parameter, in the order of the model.
+
+    Raises:
+        TypeError: another option; something that is no model.
+        ValueError: a pattern that matches nothing, dims that do not fit a parameter.
+
+    Example:
+        >>> rows = units(nn.Linear(3, 2))
+        >>> [(row.name, row.dims, row.count, row.why) for row in rows]
+        [('weight', (0,), 2, 'Linear: rows'), ('bias', (), 1, 'a vector: one unit')]
+        >>> layer = nn.Linear(3, 2)
+        >>> units(layer, run=lambda: layer(torch.ones(1, 3)))[0].observed
+        (0,)
+    """
+    if unknown := [name for name in options if name != "units"]:
+        raise TypeError(f"units() takes run and units, got {unknown[0]!r}.")
+    parameters = frameworks.parameters(model)
+    rules = [rule for rule in unit_rules(parameters, AGCConfig.of(None, options)) if rule is not None]
+    products = Products([(p.tensor, rule) for p, rule in zip(parameters, rules, strict=True)])
+    if run is not None:
+        with products:
+            run()
+    rows = []
+    for place, (parameter, rule) in enumerate(zip(parameters, rules, strict=True)):
+        left = products.left.get(place)
+        other = (dims for dims in left or () if not agrees(rule, dims))
+        observed = None if left is None else next(other, rule.kept)
+        known = (rule.kept, rule.count, rule.why, rule.guessed, observed, rule.shape)
+        rows.append(UnitRow(parameter.name, parameter.shape, *known))
+    return rows

@@ -201,7 +201,7 @@ def flattened(
                 span=span,
                 axis=first,
                 across=parameter.across(others),
-                sliced=None if parameter.rule.grouped else tuple(slices[0][i].shape),
+                sliced=None if parameter.rule.split is not None else tuple(slices[0][i].shape),
             )
         )
         at, base = at + numel, base + shard

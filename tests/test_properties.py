@@ -81,7 +81,7 @@ def rules(draw: st.DrawFn, largest: int = 5, max_ndim: int = 5) -> UnitRule:
     if draw(st.integers(0, 5)) == 0:
         shape = tuple(max(1, s) for s in (*shape, 2, 3)[:4])
         if len(shape) >= 3:
-            return UnitRule(shape, (0, 2), grouped=True)
+            return UnitRule(shape, (0, 2), split=0)
     leading = draw(st.integers(0, len(shape)))
     kept = list(range(leading))
     if leading + 1 < len(shape) and draw(st.booleans()):
@@ -218,7 +218,7 @@ def meshes(draw: st.DrawFn) -> tuple[tuple[int, ...], list[tuple[UnitRule, tuple
     mesh = draw(st.sampled_from([(1,), (2,), (3,), (4,), (2, 2), (1, 4), (2, 3), (4, 2), (2, 1, 2), (2, 2, 2)]))
     parameters = []
     for _ in range(draw(st.integers(1, 4))):
-        rule = draw(rules(largest=5).filter(lambda r: not r.grouped))
+        rule = draw(rules(largest=5).filter(lambda r: r.split is None))
         dims = st.none() | st.integers(0, len(rule.shape) - 1) if rule.shape else st.none()
         parameters.append((rule, tuple(draw(dims) for _ in mesh)))
     return mesh, parameters
@@ -261,13 +261,13 @@ def sliced(draw: st.DrawFn) -> tuple[tuple[int, ...], list[Sliced], bool]:
     parameters = []
     for _ in range(draw(st.integers(1, 4))):
         rule = draw(rules(largest=4, max_ndim=4))
-        dims = st.none() | st.integers(0, len(rule.shape) - 1) if rule.shape and not rule.grouped else st.none()
+        dims = st.none() | st.integers(0, len(rule.shape) - 1) if rule.shape and rule.split is None else st.none()
         along = tuple(draw(dims) for _ in mesh[1:])
         shape = list(rule.shape)
         for size, dim in zip(mesh[1:], along, strict=True):
             if dim is not None:
                 shape[dim] *= size
-        parameters.append(Sliced(UnitRule(tuple(shape), rule.kept, rule.grouped), along))
+        parameters.append(Sliced(UnitRule(tuple(shape), rule.kept, rule.split), along))
     return mesh, parameters, draw(st.booleans())
 
 
@@ -310,10 +310,10 @@ def test_collectives_of_columnwise_and_rowwise_parameters() -> None:
 def test_a_grouped_weight_cannot_be_sliced_and_flattened() -> None:
     shape = (4, 3, 2)
     parameter = FlatInterval(
-        names=("up",), tensor=torch.empty(0), shape=shape, default=UnitRule((2, 2, 3, 2), (0, 2), grouped=True),
+        names=("up",), tensor=torch.empty(0), shape=shape, default=UnitRule((2, 2, 3, 2), (0, 2), split=0),
         span=Span(), across=((Axis((0, 1), 0), 1),), sliced=(4, 3, 1),
     )  # fmt: skip
-    with pytest.raises(ValueError, match="'up': a grouped ConvTranspose weight is sliced"):
+    with pytest.raises(ValueError, match="'up', seen as .* is sliced"):
         parameter.pieces(parameter.default)
 
 
@@ -328,7 +328,7 @@ class One(nn.Module):
 
 @examples(
     "values",
-    rule=rules(largest=4).filter(lambda r: not r.grouped),
+    rule=rules(largest=4).filter(lambda r: r.split is None),
     dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]),
     pattern=st.sampled_from(["noise", "none", "zero", "inf", "nan", "zero weight"]),
     on_nonfinite=st.sampled_from(["keep", "zero"]),

@@ -73,8 +73,9 @@ class FlatInterval(Parameter):
         """The rule of the tensor that was flattened, with its dims in the order of its memory."""
         if self.sliced is None:
             return rule
-        if rule.grouped:
+        if rule.split is not None:
             raise ValueError(
-                f"parameter {self.name!r}: a grouped ConvTranspose weight is sliced before it is flattened."
+                f"parameter {self.name!r}, seen as {rule.shape}, is sliced before it is flattened: dist_agc cannot "
+                "tell where its units lie then."
             )
         return UnitRule(self.sliced, rule.kept)

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..model.names import Entry, joined, made_for, module_paths
+from ..model.names import Entry, Owners, held_by, joined, module_paths
 from ..model.parameter import Parameter
 from ..model.units import UnitRule
 from ._flat import ALONE, FlatInterval, Span
@@ -34,12 +34,11 @@ class FSDP1(Framework):
         modules = [] if model is None else [m for m in model.modules() if is_a(m, _CLASS)]
         if model is None or not modules:
             return [], list(entries)
-        paths: dict[int, list[str]] = {}
-        for path, module in module_paths(model):
-            paths.setdefault(id(module), []).append(path)
+        paths: dict[int, list[tuple[str, Owners]]] = {}
+        for path, owners in module_paths(model):
+            paths.setdefault(id(owners[0][0]), []).append((path, owners))
         known = {id(entry.tensor): entry for entry in entries}
-        made = made_for(model)
-        found = [p for module in modules for p in _parameters(module, known, paths, made)]
+        found = [p for module in modules for p in _parameters(module, known, paths)]
         mine = {id(p.tensor) for p in found}
         return found, [entry for entry in entries if id(entry.tensor) not in mine]
 
@@ -83,7 +82,9 @@ class FlatShard(FlatInterval):
         return tensor
 
     def flattened(self, rule: UnitRule) -> UnitRule:
-        strides = (self.strides[0] * rule.shape[1], *self.strides) if rule.grouped else self.strides
+        strides, at = self.strides, rule.split
+        if at is not None:
+            strides = (*strides[:at], strides[at] * rule.shape[at + 1], *strides[at:])
         order = sorted(range(len(rule.shape)), key=lambda d: (rule.shape[d] > 1, strides[d]), reverse=True)
         return UnitRule(tuple(rule.shape[d] for d in order), tuple(i for i, d in enumerate(order) if d in rule.kept))
 
@@ -106,12 +107,9 @@ def _read(owner: Any, attribute: str) -> Any:
 
 
 def _parameters(
-    module: nn.Module, known: dict[int, Entry], paths: dict[int, list[str]], made: dict[int, nn.Module]
+    module: nn.Module, known: dict[int, Entry], paths: dict[int, list[tuple[str, Owners]]]
 ) -> Iterator[Parameter]:
-    """Those of one FSDP1 module.
-
-    All by ``id``. ``known``: entries, by their tensor. ``paths``: of every module. ``made``: see `made_for`.
-    """
+    """Those of one FSDP1 module. By ``id``, ``known``: entries, by their tensor; ``paths``: of every module."""
     handle = _read(module, "_handle")
     if handle is None:
         return
@@ -141,7 +139,7 @@ def _parameters(
             span, tensor = replace(span, offset=0), originals[i]
             entry = known.get(id(tensor))
         yield FlatShard.of(
-            entry or Entry(_names(info, meta, paths), tensor, made.get(id(info.module), info.module)),
+            entry or _entry(info, tensor, meta, paths),
             meta["_shapes"][i],
             copies=copies,
             span=span,
@@ -151,10 +149,11 @@ def _parameters(
         )
 
 
-def _names(info: Any, meta: dict[str, Any], paths: dict[int, list[str]]) -> tuple[str, ...]:
-    """The names of a parameter that only the flat parameter's metadata knows, ties included."""
+def _entry(info: Any, tensor: Tensor, meta: dict[str, Any], paths: dict[int, list[tuple[str, Owners]]]) -> Entry:
+    """A parameter that only the flat parameter's metadata knows, under all of its names."""
     owners = [(info.module, info.param_name)]
     for shared in meta["_shared_param_infos"]:
         if shared.prim_module is info.module and shared.prim_param_name == info.param_name:
             owners.append((shared.module, shared.param_name))
-    return tuple(joined(path, attribute) for module, attribute in owners for path in paths[id(module)])
+    names = tuple(joined(path, attribute) for module, attribute in owners for path, _ in paths[id(module)])
+    return Entry(names, tensor, held_by(paths[id(info.module)][0][1], info.param_name))

@@ -90,8 +90,7 @@ def _cut(model: nn.Module, mesh: DeviceMesh) -> None:
         dim = tensor_parallel_dim(entry.name)
         placement = Replicate() if dim is None else Shard(dim)
         made = nn.Parameter(distribute_tensor(entry.tensor.detach(), mesh, [placement]))
-        assert entry.module is not None
-        setattr(entry.module, entry.name.rpartition(".")[2], made)
+        setattr(*entry.owners[0], made)
 
 
 class Engine:

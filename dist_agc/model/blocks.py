@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -45,7 +45,7 @@ Along = Sequence[tuple[Axis, int]]
 class Block:
     """A part of the local tensor whose units are numbered without a gap from ``first_unit`` on.
 
-    The part is ``local.narrow(0, start, length).unflatten(0, sizes)``, or the local tensor itself where ``sizes`` is
+    The part is ``local.narrow(0, start, length).unflatten(dim, sizes)``, or the local tensor itself where ``sizes`` is
     None. A norm over the dims ``reduced`` gives one number per unit, of shape ``kept``.
     """
 
@@ -55,6 +55,7 @@ class Block:
     first_unit: int = 0
     start: int = 0
     length: int = 0
+    dim: int = 0
 
     @property
     def units(self) -> int:
@@ -68,7 +69,7 @@ class Block:
 
     def view(self, local: Tensor) -> Tensor:
         part = self.part(local)
-        return part if self.sizes is None or len(self.sizes) == 1 else part.unflatten(0, self.sizes)
+        return part if self.sizes is None or len(self.sizes) == 1 else part.unflatten(self.dim, self.sizes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,14 +110,17 @@ def sharded(rule: UnitRule | None, local_shape: Sequence[int], cuts: Along = ())
     Args:
         rule: the parameter's units; None where AGC leaves it alone, and only its gradient norm is wanted.
         local_shape: sizes of the local tensor.
-        cuts: the axes along which it is cut. Where a rule is grouped, ValueError unless dim 0 is whole, or cut along
-            one axis as `chunk` does.
+        cuts: the axes along which it is cut.
+
+    Raises ValueError where a dim that the rule sees as two is cut so that units cannot be told.
     """
     shape = tuple(local_shape)
     if rule is None:
         return Pieces((Block(None, tuple(range(len(shape))), ()),), (), tuple(axis for axis, _ in cuts))
-    if rule.grouped:
+    if rule.split == 0:
         return _grouped(rule, shape, cuts)
+    if rule.split is not None:
+        return _split(rule, rule.split, shape, cuts)
     kept = tuple(shape[d] for d in rule.kept)
     # A block without elements stays where it has units: its rank passes on the sums of units cut along two axes.
     blocks = (Block(None, rule.reduced, kept),) if math.prod(kept) else ()
@@ -132,7 +136,7 @@ def _grouped(rule: UnitRule, shape: tuple[int, ...], cuts: Along) -> Pieces:
     size, channels = groups * per_group, shape[1]
     along = [axis for axis, dim in cuts if dim == 0]
     if len(along) > 1:
-        raise ValueError("dim 0 of a grouped ConvTranspose weight is sharded along more than one mesh axis")
+        raise ValueError(f"dim 0, seen as {rule.shape[:2]}, is sharded along more than one mesh axis")
     start, stop = chunk(size, along[0].size, along[0].rank) if along else (0, size)
     if stop - start != shape[0]:
         raise ValueError(f"{shape[0]} local rows where torch.chunk gives {stop - start}")
@@ -148,6 +152,20 @@ def _grouped(rule: UnitRule, shape: tuple[int, ...], cuts: Along) -> Pieces:
         elif dim > 1:  # dim 1 numbers the channels of a group
             found.append(Cut(axis, _run(0, groups * channels)))
     return Pieces(tuple(blocks if channels else ()), tuple(found), tuple(axis for axis, dim in cuts if dim < 2))
+
+
+def _split(rule: UnitRule, dim: int, shape: tuple[int, ...], cuts: Along) -> Pieces:
+    """`sharded` where the rule sees dim ``dim`` as two. It may be cut between the lines of the first of them."""
+    lines, rest = divmod(shape[dim], inner := rule.shape[dim + 1])
+    along = [axis for axis, d in cuts if d == dim]
+    start, stop = chunk(rule.shape[dim] * inner, along[0].size, along[0].rank) if along else (0, shape[dim])
+    if len(along) > 1 or rest or start % inner or stop - start != shape[dim]:
+        raise ValueError(f"dim {dim}, seen as {rule.shape[dim : dim + 2]}, is not cut between its lines")
+    shape = (*shape[:dim], lines, inner, *shape[dim + 1 :])
+    whole = sharded(UnitRule(rule.shape, rule.kept), shape, [(axis, d + (d > dim)) for axis, d in cuts])
+    return replace(
+        whole, blocks=tuple(replace(b, sizes=(lines, inner), length=shape[0], dim=dim) for b in whole.blocks)
+    )
 
 
 def chunk(size: int, pieces: int, index: int) -> tuple[int, int]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import difflib
 import glob
 import logging
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import chain
 
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 # The class of a wrapper, and the attribute under which it keeps the wrapped module, which is no part of a name that a
 # user wrote. These are torch's own; `dist_agc.frameworks` adds those of each framework.
@@ -23,31 +23,50 @@ WRAPPED = {
 }
 
 
+# Modules, the innermost first, each with the name that something has in it.
+Owners = tuple[tuple[nn.Module, str], ...]
+
+
 @dataclass(frozen=True, eq=False)
 class Entry:
     """A parameter in the model's own list. It lives only while a framework looks at it, since it holds the module.
 
-    ``names`` has every fully qualified name (a tied parameter has several), the leading one first. ``module`` is None
-    where parameters were given without a model.
+    ``names`` has every fully qualified name (a tied parameter has several), the leading one first. ``owners`` are the
+    modules that it is in, the innermost first, each with the parameter's name in it; none where parameters were given
+    without a model.
     """
 
     names: tuple[str, ...]
     tensor: Tensor
-    module: nn.Module | None = None
+    owners: Owners = ()
 
     @property
     def name(self) -> str:
         return self.names[0]
 
 
-def module_paths(model: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Every (path, module), a shared module once under each path, wrappers leaving no trace in the path."""
-    yield path, model
+def module_paths(model: nn.Module, path: str = "", above: Owners = ()) -> Iterator[tuple[str, Owners]]:
+    """Every path with its module and those around it, the module first; a shared module once under each path.
+
+    Wrappers leave no trace in a path, and are among the modules around.
+    """
+    owners = ((model, ""), *above)
+    yield path, owners
     wrapped = {WRAPPED.get(kind.__name__) for kind in type(model).__mro__}
     # Not named_children(), which leaves out the second name that a module has in the same parent.
     for attribute, child in model._modules.items():
-        if child is not None:
-            yield from module_paths(child, path if attribute in wrapped else joined(path, attribute))
+        if child is not None and attribute in wrapped:
+            yield from module_paths(child, path, owners)
+        elif child is not None:
+            around = tuple((module, joined(within, attribute)) for module, within in owners)
+            yield from module_paths(child, joined(path, attribute), around)
+
+
+def unwrapped_module(module: nn.Module) -> nn.Module:
+    """What is inside of any wrappers around a module."""
+    inside = (WRAPPED[kind.__name__] for kind in type(module).__mro__ if kind.__name__ in WRAPPED)
+    inner = module._modules.get(next(inside, ""))
+    return module if inner is None else unwrapped_module(inner)
 
 
 def joined(path: str, attribute: str) -> str:
@@ -56,24 +75,21 @@ def joined(path: str, attribute: str) -> str:
 
 def entries(model: nn.Module) -> list[Entry]:
     """The parameters of ``model``, each once, in the order of ``model.parameters()``."""
-    found: dict[int, tuple[Tensor, nn.Module, dict[str, None]]] = {}
-    made = made_for(model)
-    for path, module in module_paths(model):
-        for attribute, parameter in module._parameters.items():
+    found: dict[int, tuple[Tensor, Owners, dict[str, None]]] = {}
+    for path, owners in module_paths(model):
+        for attribute, parameter in owners[0][0]._parameters.items():
             if parameter is not None:
-                _, _, names = found.setdefault(id(parameter), (parameter, made.get(id(module), module), {}))
+                _, _, names = found.setdefault(id(parameter), (parameter, held_by(owners, attribute), {}))
                 names[joined(path, attribute)] = None
-    return [Entry(tuple(names), parameter, module) for parameter, module, names in found.values()]
+    return [Entry(tuple(names), parameter, owners) for parameter, owners, names in found.values()]
 
 
-def made_for(model: nn.Module) -> dict[int, nn.Module]:
-    """By ``id`` of a list of parametrizations, the module whose tensor it makes, which says what the units are."""
-    return {
-        id(made_by): module
-        for module in model.modules()
-        if parametrize.is_parametrized(module)
-        for made_by in module.parametrizations.children()  # type: ignore[union-attr]
-    }
+def held_by(owners: Owners, attribute: str) -> Owners:
+    """The owners of a module's parameter. The tensors that make a parametrized weight are called like that weight."""
+    return tuple((module, _MADE.sub(r"\1", joined(within, attribute))) for module, within in owners)
+
+
+_MADE = re.compile(r"\bparametrizations\.([^.]+)\.original\d*$")
 
 
 def last_linear(model: nn.Module) -> str:
@@ -93,7 +109,8 @@ def last_linear(model: nn.Module) -> str:
     if not isinstance(model, nn.Module):
         raise TypeError(f"last_linear needs the model's structure: expected a module, got {type(model).__name__}.")
     # By name too: tensor-parallel and quantised layers of other libraries are not nn.Linear.
-    paths = [path for path, m in module_paths(model) if isinstance(m, nn.Linear) or type(m).__name__.endswith("Linear")]
+    modules = ((path, owners[0][0]) for path, owners in module_paths(model))
+    paths = [path for path, m in modules if isinstance(m, nn.Linear) or type(m).__name__.endswith("Linear")]
     if not paths:
         raise ValueError(f"{type(model).__name__} has no linear layer: name what AGC shall leave alone in exclude.")
     logging.getLogger("dist_agc").info("the last linear layer is %r", paths[-1] or "the model itself")
@@ -106,6 +123,11 @@ def matching(pattern: str, names: Sequence[tuple[str, ...]], setting: str) -> li
     if not hits:
         raise ValueError(f"{setting}: {pattern!r} matches no parameter; {near(pattern, chain(*names))}")
     return hits
+
+
+def numberless(name: str) -> str:
+    """A glob for this parameter and those called alike but for numbers: ``layers.*.w1`` for ``layers.3.w1``."""
+    return name if name.isdigit() else ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
 def near(pattern: str, names: Iterable[str]) -> str:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from .blocks import Axis, Pieces, sharded
+from .kinds import default_rule
 from .names import Entry
-from .units import UnitRule, default_rule
+from .units import UnitRule
 
 P = TypeVar("P", bound="Parameter")
 
@@ -44,7 +45,7 @@ class Parameter:
     def of(cls: type[P], entry: Entry, shape: Sequence[int] | None = None, **fields: Any) -> P:
         """The parameter of an entry; ``shape`` where the tensor does not have that of the whole parameter."""
         shape = tuple(entry.tensor.shape if shape is None else shape)
-        given = {"names": entry.names, "tensor": entry.tensor, "default": default_rule(shape, entry.module)}
+        given = {"names": entry.names, "tensor": entry.tensor, "default": default_rule(shape, entry.owners)}
         return cls(shape=shape, **given | fields)
 
     @property

@@ -1,14 +1,11 @@
-"""What a unit is: which dims of a parameter number its units, by module type or by override."""
+"""What a unit is: which dims of a parameter number its units, and what a user's settings say of them."""
 
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
-
-from torch import nn
 
 from ..config import AGCConfig
 from .names import matching
@@ -21,8 +18,10 @@ if TYPE_CHECKING:
 class UnitRule:
     """The units of one parameter.
 
-    ``shape`` is the parameter's global shape, but for a grouped ConvTranspose, whose dim 0 is seen as
-    (groups, in / groups). ``kept`` are the dims of ``shape`` that number the units; a norm sums over all others.
+    ``shape`` is the parameter's global shape; where ``split`` is given, that dim of the parameter is seen as two, such
+    as dim 0 of a grouped ConvTranspose as (groups, in / groups). ``kept`` are the dims of ``shape`` that number the
+    units; a norm sums over all others. ``why`` is a phrase that says where this comes from, and ``guessed`` whether
+    from nothing but the shape.
 
     The canonical form is (batch, outer, units, inner): a unit is one (batch, unit) pair.
 
@@ -37,7 +36,9 @@ class UnitRule:
 
     shape: tuple[int, ...]
     kept: tuple[int, ...]
-    grouped: bool = False
+    split: int | None = None
+    why: str = field(default="", compare=False)
+    guessed: bool = field(default=False, compare=False)
 
     def __post_init__(self) -> None:
         kept, ndim = self.kept, len(self.shape)
@@ -48,6 +49,22 @@ class UnitRule:
                 f"the dims {kept} cannot number the units of a tensor of shape {self.shape}: they must be leading "
                 f"dims, then at most one run of neighbours, each below {ndim}."
             )
+
+    def because(self, why: str) -> UnitRule:
+        """The same units, for this reason."""
+        return replace(self, why=why)
+
+    def overridden(self, dims: tuple[int, ...], said: str) -> UnitRule:
+        """The rule of the same parameter with other ``dims``; ``said`` is where they are from. ValueError: no such."""
+        shape, at = self.shape, self.split
+        if at is not None:
+            shape = (*shape[:at], shape[at] * shape[at + 1], *shape[at + 2 :])
+        if any(not -len(shape) <= d < len(shape) for d in dims):
+            raise ValueError(f"{said} = {dims}: a parameter of shape {shape} has no such dim.")
+        try:
+            return UnitRule(shape, tuple(sorted({d % len(shape) for d in dims})), why=self.why)
+        except ValueError as error:
+            raise ValueError(f"{said}: {error}") from None
 
     @property
     def _leading(self) -> int:
@@ -74,37 +91,6 @@ class UnitRule:
         return math.prod(shape[:a]), math.prod(shape[a:b]), math.prod(shape[b:c]), math.prod(shape[c:])
 
 
-def default_rule(shape: Sequence[int], module: nn.Module | None) -> UnitRule:
-    """The rule that a parameter of this shape has in a module of this type.
-
-    A module's other parameters (such as the magnitudes of ``weight_norm``) are told from its weight by their shape.
-    """
-    shape = tuple(shape)
-    if len(shape) <= 1:
-        return UnitRule(shape, ())
-    if isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
-        groups, inputs, outputs = module.groups, module.in_channels, module.out_channels
-        if shape == (inputs, outputs // groups, *module.kernel_size):
-            if groups > 1:
-                return UnitRule((groups, inputs // groups, *shape[1:]), (0, 2), grouped=True)
-            return UnitRule(shape, (1,))
-    # Looked up instead of imported: where a model has this module, transformers is loaded already.
-    conv1d = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
-    if conv1d is not None and isinstance(module, conv1d) and shape[1:] == (getattr(module, "nf", None),):
-        return UnitRule(shape, (1,))
-    return UnitRule(shape, (0,))
-
-
-def _override(parameter: Parameter, pattern: str, dims: tuple[int, ...]) -> UnitRule:
-    name, shape, ndim = parameter.name, parameter.shape, len(parameter.shape)
-    if any(not -ndim <= d < ndim for d in dims):
-        raise ValueError(f"units[{pattern!r}] = {dims}: parameter {name!r} of shape {shape} has no such dim.")
-    try:
-        return UnitRule(shape, tuple(sorted({d % ndim for d in dims})))
-    except ValueError as error:
-        raise ValueError(f"units[{pattern!r}], parameter {name!r}: {error}") from None
-
-
 def unit_rules(parameters: Sequence[Parameter], config: AGCConfig) -> list[UnitRule | None]:
     """One rule per parameter, in order; None where ``config.exclude`` leaves the parameter alone.
 
@@ -113,11 +99,12 @@ def unit_rules(parameters: Sequence[Parameter], config: AGCConfig) -> list[UnitR
     names = [p.names for p in parameters]
     rules = [p.default for p in parameters]
     if config.units == "leading":
-        rules = [UnitRule(p.shape, (0,) if len(p.shape) > 1 else ()) for p in parameters]
+        rules = [UnitRule(p.shape, (0,) if len(p.shape) > 1 else (), why='units="leading"') for p in parameters]
     elif isinstance(config.units, dict):
         for pattern, dims in config.units.items():
             assert isinstance(dims, tuple)  # AGCConfig made it one
             for i in matching(pattern, names, "units"):
-                rules[i] = _override(parameters[i], pattern, dims)
+                said = f"parameter {parameters[i].name!r}: units[{pattern!r}]"
+                rules[i] = rules[i].overridden(dims, said).because(f"units[{pattern!r}]")
     excluded = {i for pattern in config.exclude for i in matching(pattern, names, "exclude")}
     return [None if i in excluded else rule for i, rule in enumerate(rules)]
