@@ -82,9 +82,10 @@ class Clipper:
 
     def execution(self, tensors: Iterable[Tensor] | None = None) -> Execution:
         """That of all parameters, or of these. Kept until something that it covers trains for the first time."""
-        for place in [i for i, p in self._idle.items() if p.trains]:
+        thawed = [i for i, p in self._idle.items() if p.trains]
+        _tell_guesses([(self.parameters[place], self.rules[place]) for place in thawed])
+        for place in thawed:
             new = id(self._idle.pop(place).tensor)
-            _tell_guesses([(self.parameters[place], self.rules[place])])
             self._executions = {k: e for k, e in self._executions.items() if k is not None and new not in k}
         key = None if tensors is None else frozenset(map(id, tensors))
         if key not in self._executions:
@@ -126,17 +127,18 @@ class Clipper:
 
 def _tell_guesses(pairs: Iterable[tuple[Parameter, UnitRule | None]]) -> None:
     """One warning for all units that are guessed where a guess is likely to be wrong: of three dims or more."""
-    guessed = {numberless(p.name): p for p, rule in pairs if rule is not None and rule.guessed and len(p.shape) > 2}
-    if not guessed:
+    rules = [(p.name, rule) for p, rule in pairs if rule is not None and rule.guessed and rule.count]
+    shapes = {numberless(name): rule.shape for name, rule in rules if len(rule.shape) > 2}
+    if not shapes:
         return
-    found = [f"{name!r} {p.shape}" for name, p in guessed.items()]
+    found, first = [f"{name!r} {shape}" for name, shape in shapes.items()], next(iter(shapes))
     more = f" and {len(found) - 5} more" if len(found) > 5 else ""
+    given = " (pass the model itself in place of its parameters)" if first.isdigit() else ""
     warnings.warn(
-        f"dist_agc guesses that dim 0 numbers the units of {', '.join(found[:5])}{more}: it does not know their "
-        f"modules. Say which dims do: units={{{next(iter(guessed))!r}: 0}} keeps the guess, (0, 1) is for a stack of "
-        "matrices (n, out, in), (0, 2) for (n, in, out). dist_agc.units(model) lists what is known; "
-        "dist_agc.register_units says it for every module of a type. (A list of parameters in place of the model hides "
-        "their modules.)",
+        f"dist_agc does not know the modules of {', '.join(found[:5])}{more}{given} and guesses that dim 0 numbers "
+        f"their units. Say which dims do: units={{{first!r}: 0}} keeps the guess; (0, 1) is for a stack of matrices "
+        "(n, out, in), (0, 2) for (n, in, out). dist_agc.units(model) lists every parameter, and "
+        "dist_agc.register_units tells dist_agc of a module of your own.",
         UserWarning,
         stacklevel=2,
     )

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from . import frameworks
 from .clipper import Clipper, Model, clipper_of
@@ -128,7 +129,7 @@ def units(model: Model, run: Callable[[], Any] | None = None, **options: Any) ->
 
     Raises:
         TypeError: another option; something that is no model.
-        ValueError: a pattern that matches nothing, dims that do not fit a parameter.
+        ValueError: a pattern that matches nothing, dims that do not fit a parameter, a lazy one without a shape.
 
     Example:
         >>> rows = units(nn.Linear(3, 2))
@@ -141,14 +142,17 @@ def units(model: Model, run: Callable[[], Any] | None = None, **options: Any) ->
     if unknown := [name for name in options if name != "units"]:
         raise TypeError(f"units() takes run and units, got {unknown[0]!r}.")
     parameters = frameworks.parameters(model)
+    if lazy := [p.name for p in parameters if is_lazy(p.tensor)]:
+        raise ValueError(f"parameter {lazy[0]!r} has no shape yet: run one forward pass first.")
     rules = [rule for rule in unit_rules(parameters, AGCConfig.of(None, options)) if rule is not None]
-    products = Products([(p.tensor, rule) for p, rule in zip(parameters, rules, strict=True)])
+    seen: dict[int, list[tuple[int, ...]]] = {}
     if run is not None:
-        with products:
+        with Products([(p.tensor, rule) for p, rule in zip(parameters, rules, strict=True)]) as products:
             run()
+        seen = products.left
     rows = []
     for place, (parameter, rule) in enumerate(zip(parameters, rules, strict=True)):
-        left = products.left.get(place)
+        left = seen.get(place)
         other = (dims for dims in left or () if not agrees(rule, dims))
         observed = None if left is None else next(other, rule.kept)
         known = (rule.kept, rule.count, rule.why, rule.guessed, observed, rule.shape)

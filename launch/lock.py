@@ -8,10 +8,13 @@ is pinned where it does, and pip chooses elsewhere.
 """
 
 import re
+import sys
 from importlib.metadata import distributions
+from pathlib import Path
 
 OLDEST = (3, 10, 0)
 NOT_PINNED = {"dist-agc", "pip"}
+APART = Path(sys.prefix, "pictures")  # timm and torchvision, see launch/setup.sh
 HEADER = """\
 # Every package of the development environment at the version it was tested with, on Python 3.11.
 # torch is pinned because a range lets pip take another build. Made by launch/lock.py."""
@@ -27,7 +30,7 @@ def marker(requires_python: str | None) -> str:
 
 def main() -> None:
     pins = {}
-    for found in distributions():
+    for found in distributions(path=[*sys.path, str(APART)]):
         name = re.sub(r"[-_.]+", "-", found.metadata["Name"]).lower()
         if name not in NOT_PINNED:
             pins[name] = f"{name}=={found.version.split('+')[0]}{marker(found.metadata['Requires-Python'])}"

@@ -44,6 +44,14 @@ install_deepspeed() {
       pip_install --no-build-isolation --no-cache-dir deepspeed
 }
 
+# For the audit of tests/audit/, apart from all else: torchvision's compiled library is linked to torch for CUDA, and where
+# torch is that for CPU, transformers would find a torchvision that cannot be imported. tests/audit/pictures.py can.
+install_pictures() {
+  local pins
+  mapfile -t pins < <(grep -E '^(timm|torchvision)==' launch/constraints.txt)
+  pip_install --no-deps --upgrade --target "$venv/pictures" "${pins[@]}"
+}
+
 has() { [[ " $1 " == *" $2 "* ]]; } # has "LIST OF WORDS" WORD
 
 wanted=${*:-demo}
@@ -93,6 +101,9 @@ if has "$wanted" dev || has "$wanted" deepspeed; then
   step "deepspeed and its CPU operators, compiled" install_deepspeed
 fi
 step "dist_agc[${wanted// /,}]" pip_install --editable ".[${wanted// /,}]"
+if has "$wanted" dev; then
+  step "timm and torchvision, apart" install_pictures
+fi
 
 echo "$key $wanted" >"$stamp"
 rm -f "$busy"

@@ -18,10 +18,13 @@ class Units:
 
     ``dims`` are the dimensions whose indices name a unit: (0,) is a unit per row, (0, 1) a unit per pair, () the whole
     tensor. ``groups`` cuts dimension 0 into that many equal blocks, each with units of its own (ConvTranspose).
+    ``view``: the shape that the parameter is seen in, of which ``dims`` are, such as (experts, rows, columns) for a
+    matrix that has all experts below one another.
     """
 
     dims: tuple[int, ...]
     groups: int = 1
+    view: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,9 @@ def unit_rules(model: nn.Module, overrides: Mapping[str, tuple[int, ...]] | None
 
 def unit_labels(shape: tuple[int, ...], rule: Units) -> tuple[Tensor, int]:
     """For every element the number of its unit, and how many units there are (none in a tensor without elements)."""
+    if rule.view is not None:
+        labels, count = unit_labels(rule.view, Units(rule.dims))
+        return labels.reshape(shape), count
     labels, count = torch.zeros(shape, dtype=torch.int64), 1
     for dim in rule.dims:
         along = [1] * len(shape)

@@ -44,6 +44,7 @@ def check_training(
     clipping_threshold: float = THRESHOLD,
     exclude: Collection[str] = (),
     units: Mapping[str, tuple[int, ...]] | None = None,
+    known: Mapping[str, oracle.Units] | None = None,
     backward: Callable[[int], object] | None = None,
     tolerance: float = 1e-6,
     drift: float | None = 1e-5,
@@ -55,6 +56,7 @@ def check_training(
     Args:
         twin: the same model, not sharded, in float64.
         share: (place, places) of this rank's share of the batch; by default its rank among all.
+        units, known: of some parameters, by name; the package is told of ``units`` and knows the others by itself.
         all_reduces: how many collectives clipping may take from its second call on; there must be no others.
         weights, grads: full tensors by name.
         backward: given the step, runs forward and backward in place of the usual way.
@@ -62,7 +64,7 @@ def check_training(
             against training in float64; None where the layout computes gradients in low precision.
     """
     share = share or (world.rank, world.size)
-    rules = oracle.unit_rules(twin, units)
+    rules = oracle.unit_rules(twin, units) | dict(known or {})
     rows = [batches(step) for step in range(STEPS)]
     doubles = [(x.double() if x.is_floating_point() else x, y) for x, y in rows]
     references = oracle.train(twin, doubles, loss, rules, clipping_threshold, lr=lr, exclude=exclude)
@@ -128,11 +130,14 @@ def check_one_clip(
     *,
     all_reduces: int | None = None,
     units: Mapping[str, tuple[int, ...]] | None = None,
+    known: Mapping[str, oracle.Units] | None = None,
     tolerance: float = 1e-6,
     cpu_kernel: bool = False,
     **settings: Any,
 ) -> oracle.Reference:
     """Weights, gradients and the oracle's gradients are sharded alike, so no test gathers anything.
+
+    ``units``, ``known``: see `check_training`.
 
     Clipping twice equals clipping once, and the second time takes ``all_reduces`` collectives.
     """
@@ -140,7 +145,7 @@ def check_one_clip(
     noisy_grads(source)
     weights = {name: p.detach() for name, p in source.named_parameters()}
     grads = {name: p.grad for name, p in source.named_parameters()}
-    rules = oracle.unit_rules(source, units)
+    rules = oracle.unit_rules(source, units) | dict(known or {})
     threshold = median_threshold(source, rules)
     expected = oracle.clip(weights, grads, rules, threshold, **settings)
     assert_some_clipped(expected)

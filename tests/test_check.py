@@ -242,7 +242,7 @@ def need(*programs: str) -> None:
 @pytest.mark.parametrize("nproc", [2, 4])
 def test_every_layout_is_right_and_what_knows_no_shards_is_not(folder: Path, nproc: int) -> None:
     rows = all_ok(check(folder, "--shard-unaware", "--json", nproc=nproc))
-    assert all(row["error"] < 1e-6 and row["units"] == 66 for row in rows.values())
+    assert all(row["error"] < 1e-6 and row["units"] == 114 for row in rows.values())
     whole = {"plain", "ddp", "zero0", "fsdp1 no-shard orig"}
     flat = {f"fsdp1 {kind}" for kind in ("full", "full orig", "grad-op", "grad-op orig")} | {"zero1", "zero2", "zero3"}
     placed = {"fsdp2", "tp"}

@@ -9,6 +9,9 @@ from torch import Tensor, nn
 import helpers
 import oracle
 
+# That the units of a tensor of three dims are guessed here is told; tests/test_guesses.py looks at that.
+pytestmark = pytest.mark.filterwarnings("ignore:dist_agc does not know the modules:UserWarning")
+
 
 class Holder(nn.Module):
     def __init__(self, weight: Tensor, grad: Tensor | None) -> None:

@@ -35,7 +35,12 @@ def plan(model: str, layout: str, world: int, **sizes: int) -> Planned:
         ("llama3-8b", 8_030_261_248, 291),
         ("llama3-70b", 70_553_706_496, 723),
         ("llama3-405b", 405_853_388_800, 1137),
-        ("moe-8x7b", 46_702_792_704, 323),
+        # Those that transformers 5.23 builds from its config classes; tests/test_units_command.py compares every shape.
+        ("mixtral-8x7b", 46_702_792_704, 291),
+        ("qwen3-30b-a3b", 30_532_122_624, 531),
+        ("deepseek-v3", 671_026_404_352, 909),
+        ("gpt-oss-120b", 116_829_156_672, 615),
+        ("moe-8x7b", 46_702_792_704, 291),
     ],
 )
 def test_presets_have_the_sizes_of_the_models(model: str, parameters: int, tensors: int) -> None:
@@ -43,12 +48,35 @@ def test_presets_have_the_sizes_of_the_models(model: str, parameters: int, tenso
     assert (sum(p.numel() for p in found), len(found)) == (parameters, tensors)
 
 
+@pytest.mark.parametrize(
+    ("model", "units"),
+    [
+        ("mixtral-8x7b", 32 * 8 * (2 * 14336 + 4096)),
+        ("qwen3-30b-a3b", 48 * 128 * (2 * 768 + 2048)),
+        ("deepseek-v3", 58 * 256 * (2 * 2048 + 7168)),
+        ("gpt-oss-120b", 36 * 128 * (2 * 2880 + 2880)),
+    ],
+)
+def test_presets_count_rows_of_experts(model: str, units: int) -> None:
+    found = virtual.parameters(shapes.load(model), "ddp", virtual.World(1, 0))
+    rules = unit_rules(found, AGCConfig(units=shapes.UNITS[model]))
+    pairs = zip(found, rules, strict=True)
+    assert sum(rule.count for p, rule in pairs if rule and ".experts." in p.name and len(p.shape) == 3) == units
+
+
+FLAT = ("fsdp1", "zero1", "zero2", "zero3")
+
+
 @pytest.mark.parametrize("layout", virtual.LAYOUTS)
-@pytest.mark.parametrize("model", shapes.PRESETS)
+@pytest.mark.parametrize("model", [name for name in shapes.PRESETS if name != "moe-8x7b"])
 def test_agc_sends_next_to_nothing_where_ranks_have_much(model: str, layout: str) -> None:
-    rows = [plan(model, layout, size) for size in (64, 16384)]
+    # A border inside of a transposed expert, (experts, in, out), cuts all of its units, so where ranks are many all
+    # units of GPT-OSS are cut. Two squares of 4 bytes each are sent twice then, beside the 4 bytes of each of its 2880
+    # elements: no buffer that one all-reduce adds up is smaller.
+    most = 1.01 * 16 / (4 * 2880) if model == "gpt-oss-120b" and layout in FLAT else 0.001
+    rows = [plan(model, layout, size) for size in (64, 1024, 16384)]
     for row in rows:
-        assert row.elements_per_rank < MILLION or row.share < 0.001, row
+        assert row.elements_per_rank < MILLION or row.share < most, row
 
 
 @pytest.mark.parametrize("layout", virtual.LAYOUTS)

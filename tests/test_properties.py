@@ -20,6 +20,7 @@ import dist_agc
 import oracle
 from dist_agc.engine.plan import Plan
 from dist_agc.frameworks._flat import FlatInterval, Span
+from dist_agc.frameworks.fsdp1 import FlatShard
 from dist_agc.model.blocks import Axis, Pieces, chunk, interval, sharded
 from dist_agc.model.units import UnitRule
 from ranks import Given, Rank, Sliced, check_complete, flattened, labels, mesh_axes, reduce_all, sent, unit_of_place
@@ -31,6 +32,7 @@ WANTED = {
     "large worlds": 30,
     "flat ranks": 1000,
     "meshes": 1500,
+    "memory": 1000,
     "sliced and flattened": 1500,
     "values": 700,
 }
@@ -76,18 +78,18 @@ def examples(name: str, **arguments: Any) -> Callable[[Callable[..., None]], Cal
 
 @st.composite
 def rules(draw: st.DrawFn, largest: int = 5, max_ndim: int = 5) -> UnitRule:
-    """Any rule that UnitRule takes: leading dims, then one run of neighbours; or a grouped ConvTranspose."""
-    shape = tuple(draw(st.lists(st.integers(0, largest), max_size=max_ndim)))
-    if draw(st.integers(0, 5)) == 0:
-        shape = tuple(max(1, s) for s in (*shape, 2, 3)[:4])
-        if len(shape) >= 3:
-            return UnitRule(shape, (0, 2), split=0)
+    """Any rule that UnitRule takes: leading dims, then one run of neighbours; of a parameter that may have a dim seen
+    as two, as those of a grouped ConvTranspose and of experts below or beside one another have."""
+    shape, split = tuple(draw(st.lists(st.integers(0, largest), max_size=max_ndim))), None
+    if draw(st.integers(0, 3)) == 0:
+        shape = (*shape, 2, 3)[:4]
+        split = draw(st.integers(0, min(2, len(shape) - 2)))
     leading = draw(st.integers(0, len(shape)))
     kept = list(range(leading))
     if leading + 1 < len(shape) and draw(st.booleans()):
         first = draw(st.integers(leading + 1, len(shape) - 1))
         kept += range(first, draw(st.integers(first, len(shape) - 1)) + 1)
-    return UnitRule(shape, tuple(kept))
+    return UnitRule(shape, tuple(kept), split)
 
 
 # ------------------------------------------------------------------------------------------- units and one interval
@@ -218,29 +220,41 @@ def meshes(draw: st.DrawFn) -> tuple[tuple[int, ...], list[tuple[UnitRule, tuple
     mesh = draw(st.sampled_from([(1,), (2,), (3,), (4,), (2, 2), (1, 4), (2, 3), (4, 2), (2, 1, 2), (2, 2, 2)]))
     parameters = []
     for _ in range(draw(st.integers(1, 4))):
-        rule = draw(rules(largest=5).filter(lambda r: r.split is None))
-        dims = st.none() | st.integers(0, len(rule.shape) - 1) if rule.shape else st.none()
+        rule = draw(rules(largest=5))
+        ndim = len(rule.of_parameter)
+        dims = st.none() | st.integers(0, ndim - 1) if ndim else st.none()
         parameters.append((rule, tuple(draw(dims) for _ in mesh)))
     return mesh, parameters
 
 
+def refused(rule: UnitRule, mesh: tuple[int, ...], dims: Sequence[int | None]) -> bool:
+    """Whether a dim that is seen as two is cut along two axes; or within a line, where the lines number no units."""
+    at = rule.split
+    if at is None or not math.prod(rule.shape) or (at in rule.kept) == (at + 1 in rule.kept):
+        return False
+    ranks = [size for size, dim in zip(mesh, dims, strict=True) if dim == at and size > 1]
+    lines, inner = rule.shape[at : at + 2]
+    borders = {chunk(lines * inner, ranks[0], r)[0] for r in range(ranks[0])} if ranks else set()
+    return len(ranks) > 1 or (not at == rule.kept[0] == 0 and any(border % inner for border in borders))
+
+
 @examples("meshes", case=meshes(), seed=st.integers(0, 999))
 def test_meshes_reduce_every_unit_and_count_it_once(case: Any, seed: int) -> None:
+    """And what cannot be cut so is refused, by every rank alike."""
     mesh, parameters = case
     generator = torch.Generator().manual_seed(seed)
+    for rule, dims in parameters:
+        said = [refusal(rule, mesh, dims, rank) for rank in range(math.prod(mesh))]
+        assert said == [refused(rule, mesh, dims)] * len(said)
+    parameters = [(rule, dims) for rule, dims in parameters if not refused(rule, mesh, dims)]
     rule_of = [rule for rule, _ in parameters]
-    values = [torch.randint(1, 1000, rule.shape, generator=generator) for rule in rule_of]
+    values = [torch.randint(1, 1000, rule.of_parameter, generator=generator) for rule in rule_of]
     world, mine = [], []
     for rank in range(math.prod(mesh)):
-        axes, parameters_here, local_values, local_labels = mesh_axes(mesh, rank), [], [], []
+        parameters_here, local_values, local_labels = [], [], []
         for i, (rule, dims) in enumerate(parameters):
-            held, marks, cuts = values[i], labels(rule), []
-            for axis, dim in zip(axes, dims, strict=True):  # outermost first, as DTensor shards
-                if dim is not None and axis.size > 1:
-                    start, stop = chunk(held.shape[dim], axis.size, axis.rank)
-                    held, marks = held.narrow(dim, start, stop - start), marks.narrow(dim, start, stop - start)
-                    cuts.append((axis, dim))
-            pieces = sharded(rule, held.shape, cuts[::-1])
+            (held, marks), cuts = cut_along(mesh, rank, dims, values[i], labels(rule).view(rule.of_parameter))
+            pieces = sharded(rule, held.shape, cuts)
             parameters_here.append(Given.of_pieces(f"p{i}", rule, pieces))
             local_values.append(held)
             local_labels.append(marks)
@@ -249,6 +263,79 @@ def test_meshes_reduce_every_unit_and_count_it_once(case: Any, seed: int) -> Non
     reduce_all(world)
     for rank, known in zip(world, mine, strict=True):
         check_complete(rank, rule_of, known, values)
+
+
+def cut_along(
+    mesh: tuple[int, ...], rank: int, dims: Sequence[int | None], *tensors: Tensor
+) -> tuple[list[Tensor], list[tuple[Axis, int]]]:
+    """What a rank holds of tensors of one shape, and the axes that cut them, innermost first."""
+    found, cuts = list(tensors), []
+    for axis, dim in zip(mesh_axes(mesh, rank), dims, strict=True):  # outermost first, as DTensor shards
+        if dim is not None and axis.size > 1:
+            start, stop = chunk(found[0].shape[dim], axis.size, axis.rank)
+            found = [tensor.narrow(dim, start, stop - start) for tensor in found]
+            cuts.append((axis, dim))
+    return found, cuts[::-1]
+
+
+def refusal(rule: UnitRule, mesh: tuple[int, ...], dims: Sequence[int | None], rank: int) -> bool:
+    (held,), cuts = cut_along(mesh, rank, dims, torch.empty(rule.of_parameter))
+    try:
+        sharded(rule, held.shape, cuts)
+    except ValueError as error:
+        assert rule.split is not None and f"dim {rule.split}, seen as" in str(error)
+        return True
+    return False
+
+
+# ------------------------------------------------------------------------------- flattened in the order of the memory
+
+
+@st.composite
+def laid_out(draw: st.DrawFn) -> tuple[UnitRule, tuple[int, ...]]:
+    """A rule, and the order of the parameter's dims in memory, the outermost first."""
+    rule = draw(rules(largest=4).filter(lambda r: math.prod(r.shape)))
+    return rule, tuple(draw(st.permutations(range(len(rule.of_parameter)))))
+
+
+@examples("memory", case=laid_out(), cut=flat_cuts())
+def test_what_fsdp1_flattens_in_memory_order_tiles_every_unit_exactly_once(case: Any, cut: tuple[int, int]) -> None:
+    """Every element is in one unit's piece, whichever ranks have it; only an order that mixes dims is refused."""
+    (rule, order), (ranks, before) = case, cut
+    shape, numel = rule.of_parameter, math.prod(rule.shape)
+    strides, step = [0] * len(shape), 1
+    for dim in reversed(order):
+        strides[dim], step = step, step * shape[dim]
+    places = torch.arange(numel).as_strided(shape, strides).reshape(-1)
+    unit_at = torch.empty(numel, dtype=torch.int64).scatter_(0, places, labels(rule).reshape(-1))
+    shard = max(1, -(-(before + numel + 3) // ranks))
+    numbers: dict[int, int] = {}  # of a unit, by the number that the blocks give it
+    covered, holders, cut_units = torch.zeros(numel, dtype=torch.int64), Counter(), set()
+    for rank in range(ranks):
+        parameter = FlatShard(
+            names=("p",), tensor=torch.empty(0), shape=shape, default=rule, span=Span.cut(numel, before, shard, rank),
+            axis=Axis(tuple(range(ranks)), rank), strides=tuple(strides), held=shard,
+        )  # fmt: skip
+        try:
+            pieces = parameter.pieces(rule)
+        except ValueError:
+            assert order != tuple(range(len(shape))), "a contiguous parameter is refused"
+            return
+        local = torch.arange(shard * rank - before, shard * (rank + 1) - before)
+        held = set()
+        for block in pieces.blocks:
+            element = block.view(local).reshape(-1)
+            assert bool(((element >= 0) & (element < numel)).all()), "a block reaches beyond its parameter"
+            covered[element] += 1
+            said = unit_of_place(block).reshape(-1).tolist()
+            for number, unit in zip(said, unit_at[element].tolist(), strict=True):
+                assert numbers.setdefault(number, unit) == unit, "a block mixes units"
+            held |= set(said)
+        holders.update(held)
+        cut_units = {int(n) for found in pieces.cuts for n in found.numbers}
+    assert bool((covered == 1).all()), "every element belongs to exactly one piece"
+    assert len(set(numbers.values())) == len(numbers) == rule.count, "a unit has two numbers"
+    assert {number for number, times in holders.items() if times > 1} <= cut_units, "a unit on two ranks has no slot"
 
 
 # ------------------------------------------------------------------- sliced along mesh axes, then flattened and cut

@@ -12,7 +12,9 @@ from importlib import import_module
 from ..lab.console import SETTINGS, application, require
 
 # By name, the module. The demo has a room of its own: it needs tasks to train, the others take a user's model.
-COMMANDS = {"demo": "..lab.demo"} | {name: f".{name}" for name in ("check", "report", "advise", "bench", "plan")}
+COMMANDS = {"demo": "..lab.demo"} | {
+    name: f".{name}" for name in ("check", "units", "report", "advise", "bench", "plan")
+}
 
 
 def main() -> None:

@@ -13,23 +13,10 @@ from typing import TYPE_CHECKING, Annotated
 from typer import BadParameter, Exit, Option
 
 from ..lab.console import launch
+from .options import UnitsOption, units_option
 
 if TYPE_CHECKING:
     from ..conformance import Row
-
-
-def _units(given: Sequence[str]) -> dict[str, tuple[int, ...]] | None:
-    """``["*.experts.*=0,1"]`` as `AGCConfig` takes it; no dims name the whole tensor."""
-    units = {}
-    for text in given:
-        pattern, _, dims = text.rpartition("=")
-        try:
-            units[pattern] = tuple(int(dim) for dim in dims.split(",") if dim.strip())
-        except ValueError:
-            pattern = ""
-        if not pattern:
-            raise BadParameter(f"{text!r}: expected GLOB=DIMS, such as '*.experts.*=0,1'.", param_hint="--units")
-    return units or None
 
 
 def command(
@@ -48,13 +35,7 @@ def command(
     exclude: Annotated[
         list[str] | None, Option(help="A glob of parameters to leave alone, as in AGCConfig; repeatable.")
     ] = None,
-    units: Annotated[
-        list[str] | None,
-        Option(
-            metavar="GLOB=DIMS",
-            help="The dims that number the units of some parameters, as in AGCConfig: '*.experts.*=0,1'; repeatable.",
-        ),
-    ] = None,
+    units: UnitsOption = None,
     shard_unaware: Annotated[
         bool,
         Option("--shard-unaware", help="Show, too, what AGC does on each layout that is written for one process."),
@@ -72,7 +53,7 @@ def command(
     from ..lab import shapes
 
     try:
-        config = AGCConfig(exclude=tuple(exclude or ()), units=_units(units or ()))
+        config = AGCConfig(exclude=tuple(exclude or ()), units=units_option(units or ()))
         conformance.cases(layout or (), own_model=model is not None)
     except (TypeError, ValueError) as error:
         raise BadParameter(str(error)) from None

@@ -123,7 +123,8 @@ def command(
 
     Parameters are on the meta device and there is no process group; the plan is made by the code that makes it on the
     cluster. Layouts: ddp, fsdp1, fsdp2, hsdp, tp+fsdp2, zero0, zero1, zero2, zero3. Presets: resnet50, nf-resnet50,
-    gpt2-small, llama3-8b, llama3-70b, llama3-405b, moe-8x7b.
+    gpt2-small, llama3-8b, llama3-70b, llama3-405b, mixtral-8x7b (also called moe-8x7b), qwen3-30b-a3b, deepseek-v3,
+    gpt-oss-120b.
 
     FSDP1 is taken to wrap every numbered module ("layers.0"), DeepSpeed to have one parameter group, and tensor
     parallel to cut modules that are named as in Llama or in the preset gpt2-small.

@@ -137,7 +137,11 @@ def _agreed(rows: list[Row]) -> Row:
 
 
 def _made(factory: Factory | None) -> tuple[nn.Module, Loss | None]:
-    made = (odd_model(), odd_loss) if factory is None else factory()
+    return (odd_model(), odd_loss) if factory is None else module_and_loss(factory())
+
+
+def module_and_loss(made: Any) -> tuple[nn.Module, Loss | None]:
+    """What a factory returned, which is a module or (module, loss). TypeError: it is something else."""
     model, loss = made if isinstance(made, tuple) else (made, None)
     if not isinstance(model, nn.Module):
         raise TypeError(f"the factory must return a module or (module, loss), got {type(model).__name__}.")

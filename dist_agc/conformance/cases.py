@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
+from ..model.kinds import register_units
 from . import sharding
 from .sharding import Units
 from .subjects import Loss, Subject, ZeroSubject, is_engine
@@ -58,6 +59,23 @@ class Case:
         return (ZeroSubject if is_engine(sharded) else Subject)(sharded, loss)
 
 
+class Experts(nn.Module):
+    """Stacked experts in both layouts, (experts, out, in) and (experts, in, out), with a vector for each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inward = nn.Parameter(torch.randn(3, 5, 10) * 0.4)
+        self.outward = nn.Parameter(torch.randn(3, 5, 10) * 0.4)
+        self.shift = nn.Parameter(torch.randn(3, 10) * 0.4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        inside = torch.tanh(torch.einsum("bi,eoi->beo", x, self.inward))
+        return x + (torch.einsum("bei,eio->beo", inside, self.outward) + self.shift).mean(1)
+
+
+register_units(Experts, {"inward": (0, 1), "outward": (0, 2), "shift": 0})
+
+
 class Odd(nn.Module):
     """Sizes that no number of ranks divides: uneven, empty and cut shards, a grouped ConvTranspose, a dead layer."""
 
@@ -67,6 +85,7 @@ class Odd(nn.Module):
         self.conv = nn.Conv2d(8, 6, 3, padding=1)
         self.deconv = nn.ConvTranspose2d(6, 10, 2, groups=2)
         self.norm = nn.LayerNorm(10)
+        self.experts = Experts()
         self.up = nn.Linear(10, 7)
         self.down = nn.Linear(7, 5)
         self.thin = nn.Linear(5, 2)
@@ -77,7 +96,7 @@ class Odd(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.embedding(tokens).transpose(1, 2).reshape(-1, 8, 4, 4)
         x = self.norm(self.deconv(torch.tanh(self.conv(x))).flatten(2).mean(2))
-        return self.head(self.single(self.thin(self.down(torch.tanh(self.up(x))))))
+        return self.head(self.single(self.thin(self.down(torch.tanh(self.up(self.experts(x)))))))
 
 
 def odd_model() -> nn.Module:

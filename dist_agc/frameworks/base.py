@@ -74,6 +74,17 @@ def group_axis(group: Any) -> Axis:
     return Axis(ranks, ranks.index(dist.get_rank()), group or dist.group.WORLD)
 
 
+def read(owner: Any, attribute: str, library: str, version: str, supported: str) -> Any:
+    """A private attribute of a framework; RuntimeError where its insides are not the known ones."""
+    try:
+        return getattr(owner, attribute)
+    except AttributeError:
+        raise RuntimeError(
+            f"dist_agc reads {type(owner).__name__}.{attribute}, which {library} {version} does not have; supported is "
+            f"{supported}."
+        ) from None
+
+
 def is_a(thing: object, *names: str) -> bool:
     """Whether its class, or one that this derives from, is called so. No library is imported to find out."""
     return any(kind.__name__ in names for kind in type(thing).__mro__)

@@ -12,25 +12,31 @@ from __future__ import annotations
 import itertools
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..config import AGCConfig, block_of, merged
 from ..model.blocks import Axis
 from ..model.names import Entry, entries
-from ..model.parameter import Parameter
+from ..model.parameter import Parameter, Unknown
 from ._flat import ALONE, FlatInterval, Span
-from .base import Attachment, Framework, group_axis, is_a
+from .base import Attachment, Framework, group_axis, is_a, read
 
 SUPPORTED = "DeepSpeed 0.19 (tested with 0.19.8)"
 BLOCK = "adaptive_gradient_clipping"
 
 _EXPERT = re.compile(r"(.*?deepspeed_experts\.)(\d+)(?=\.)")  # the name of a list of experts, and the place in it
+
+
+_NOT_BY_MODULE = (
+    "is sharded by DeepSpeed: pass the engine, dist_agc.attach(engine), so that clipping runs on the fp32 partitions "
+    "inside engine.step()"
+)
 
 
 class DeepSpeed(Framework):
@@ -39,13 +45,12 @@ class DeepSpeed(Framework):
     def steps(self, model: object) -> bool:
         return is_a(model, "DeepSpeedEngine")
 
-    def refuses(self, tensor: Tensor) -> str | None:
-        if hasattr(tensor, "ds_id") or hasattr(tensor, "_hp_mapping"):
-            return (
-                "is sharded by DeepSpeed: pass the engine, dist_agc.attach(engine), so that clipping runs on the fp32 "
-                "partitions inside engine.step()"
-            )
-        return None
+    def claim(self, model: nn.Module | None, entries: Sequence[Entry]) -> tuple[list[Parameter], list[Entry]]:
+        mine = [e for e in entries if hasattr(e.tensor, "ds_id") or hasattr(e.tensor, "_hp_mapping")]
+        left = set(map(id, mine))
+        # Looked at by `units`; clipped through the engine alone.
+        found = [Unknown.of(entry, _shape(entry.tensor), problem=_NOT_BY_MODULE) for entry in mine]
+        return found, [entry for entry in entries if id(entry) not in left]  # type: ignore[return-value]
 
     def attachment(
         self, engine: Any, optimizer: Any, config: AGCConfig | None, options: Mapping[str, Any]
@@ -186,16 +191,9 @@ def set_norm_clip(engine: Any, value: float) -> None:
 
 
 def _read(owner: Any, attribute: str) -> Any:
-    """A private attribute of DeepSpeed; RuntimeError where its insides are not the known ones."""
-    try:
-        return getattr(owner, attribute)
-    except AttributeError:
-        import deepspeed
+    import deepspeed
 
-        raise RuntimeError(
-            f"dist_agc reads {type(owner).__name__}.{attribute}, which DeepSpeed {deepspeed.__version__} does not "
-            f"have; supported is {SUPPORTED}."
-        ) from None
+    return read(owner, attribute, "DeepSpeed", deepspeed.__version__, SUPPORTED)
 
 
 def _refused(engine: Any) -> str | None:

@@ -18,7 +18,7 @@ from ..model.names import Entry, Owners, held_by, joined, module_paths
 from ..model.parameter import Parameter
 from ..model.units import UnitRule
 from ._flat import ALONE, FlatInterval, Span
-from .base import Framework, group_axis, is_a
+from .base import Framework, group_axis, is_a, read
 
 _CLASS = "FullyShardedDataParallel"
 _METADATA = (  # of a flat parameter
@@ -85,7 +85,8 @@ class FlatShard(FlatInterval):
         strides, at = self.strides, rule.split
         if at is not None:
             strides = (*strides[:at], strides[at] * rule.shape[at + 1], *strides[at:])
-        order = sorted(range(len(rule.shape)), key=lambda d: (rule.shape[d] > 1, strides[d]), reverse=True)
+        # Dims of size 1 lie nowhere, and number nothing.
+        order = sorted((d for d, size in enumerate(rule.shape) if size != 1), key=lambda d: strides[d], reverse=True)
         return UnitRule(tuple(rule.shape[d] for d in order), tuple(i for i, d in enumerate(order) if d in rule.kept))
 
 
@@ -96,14 +97,7 @@ class _Whole(Parameter):
 
 
 def _read(owner: Any, attribute: str) -> Any:
-    """A private attribute of torch's FSDP1."""
-    try:
-        return getattr(owner, attribute)
-    except AttributeError:
-        raise RuntimeError(
-            f"dist_agc reads the private {attribute!r} of FSDP1, which torch {torch.__version__} does not "
-            "have; supported are torch 2.6 to 2.13."
-        ) from None
+    return read(owner, attribute, "torch", torch.__version__, "torch 2.6 to 2.13")
 
 
 def _parameters(

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .. import conformance
+
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -70,7 +72,8 @@ def nf_resnet50() -> Shapes:
     return shapes | {"fc.weight": (1000, 2048), "fc.bias": (1000,)}
 
 
-def _llama(layers: int, width: int, hidden: int, key_value: int, vocabulary: int = 128256) -> Shapes:
+def _llama(layers: int, width: int, hidden: int, key_value: int) -> Shapes:
+    vocabulary = 128256
     shapes: Shapes = {"embed_tokens.weight": (vocabulary, width)}
     for i in range(layers):
         layer = {"input_norm": (width,), "q_proj": (width, width), "k_proj": (key_value, width)}
@@ -80,16 +83,69 @@ def _llama(layers: int, width: int, hidden: int, key_value: int, vocabulary: int
     return shapes | {"norm.weight": (width,), "lm_head.weight": (vocabulary, width)}
 
 
-def moe_8x7b() -> Shapes:
-    """A mixture of 8 experts in every layer, stacked into tensors of (experts, out, in)."""
-    shapes: Shapes = {}
-    for name, shape in _llama(32, 4096, 14336, 1024, 32000).items():
-        if any(part in name for part in ("gate_proj", "up_proj", "down_proj")):
-            name, shape = name.removesuffix("_proj.weight"), (8, *shape)
-            layer, _, which = name.rpartition(".")
-            name = f"{layer}.experts.{which}"
-        shapes[name] = shape
-    return shapes | {f"layers.{i}.router.weight": (8, 4096) for i in range(32)}
+# Mixtures of experts as transformers 5.23 builds them, with the experts of a layer stacked. Sizes are those that were
+# published, which the config classes of transformers have for defaults: MixtralConfig, DeepseekV3Config, GptOssConfig.
+# Qwen3MoeConfig's are those of a smaller model; Qwen3-30B-A3B is 48 layers deep and has heads of 128.
+
+
+def _decoder(layers: int, width: int, vocabulary: int, layer: Callable[[int], Shapes]) -> Shapes:
+    """``layer``: what is in a layer beside its two norms, by number."""
+    norms = {f"{name}_layernorm.weight": (width,) for name in ("input", "post_attention")}
+    shapes: Shapes = {"embed_tokens.weight": (vocabulary, width)}
+    for i in range(layers):
+        shapes |= {f"layers.{i}.{name}": shape for name, shape in (norms | layer(i)).items()}
+    return shapes | {"norm.weight": (width,), "lm_head.weight": (vocabulary, width)}
+
+
+def _attention(width: int, queries: int, key_values: int) -> Shapes:
+    shapes = {"q_proj": (queries, width), "k_proj": (key_values, width), "v_proj": (key_values, width)}
+    return {f"self_attn.{name}.weight": shape for name, shape in {**shapes, "o_proj": (width, queries)}.items()}
+
+
+def _gated(path: str, width: int, hidden: int) -> Shapes:
+    shapes = {"gate_proj": (hidden, width), "up_proj": (hidden, width), "down_proj": (width, hidden)}
+    return {f"{path}.{name}.weight": shape for name, shape in shapes.items()}
+
+
+def _experts(experts: int, width: int, hidden: int) -> Shapes:
+    """Stacks of (experts, out, in), and what chooses among them."""
+    stacks = {"gate_up_proj": (experts, 2 * hidden, width), "down_proj": (experts, width, hidden)}
+    return {f"mlp.experts.{name}": shape for name, shape in stacks.items()} | {"mlp.gate.weight": (experts, width)}
+
+
+def mixtral_8x7b() -> Shapes:
+    return _decoder(32, 4096, 32000, lambda i: _attention(4096, 4096, 1024) | _experts(8, 4096, 14336))
+
+
+def qwen3_30b_a3b() -> Shapes:
+    heads = {f"self_attn.{name}_norm.weight": (128,) for name in "qk"}
+    return _decoder(48, 2048, 151936, lambda i: _attention(2048, 4096, 512) | heads | _experts(128, 2048, 768))
+
+
+def deepseek_v3() -> Shapes:
+    """Without the layer that predicts a second token, which transformers leaves out."""
+    width, compressed = 7168, {"q_a": 1536, "kv_a": 512}
+    latent = {"q_a_proj": (1536, width), "q_b_proj": (128 * 192, 1536), "kv_a_proj_with_mqa": (512 + 64, width)}
+    latent |= {"kv_b_proj": (128 * 256, 512), "o_proj": (width, 128 * 128)}
+    latent |= {f"{name}_layernorm": (size,) for name, size in compressed.items()}
+    attention = {f"self_attn.{name}.weight": shape for name, shape in latent.items()}
+    experts = _experts(256, width, 2048) | _gated("mlp.shared_experts", width, 2048)
+    return _decoder(61, width, 129280, lambda i: attention | (_gated("mlp", width, 18432) if i < 3 else experts))
+
+
+def gpt_oss_120b() -> Shapes:
+    """Stacks of (experts, in, out)."""
+    width, hidden, experts = 2880, 2880, 128
+    attention = _attention(width, 4096, 512)
+    biases = {name.replace(".weight", ".bias"): shape[:1] for name, shape in attention.items()}
+    layer: Shapes = attention | biases | {"self_attn.sinks": (64,)}
+    layer |= {
+        "mlp.experts.gate_up_proj": (experts, width, 2 * hidden),
+        "mlp.experts.down_proj": (experts, hidden, width),
+    }
+    layer |= {"mlp.experts.gate_up_proj_bias": (experts, 2 * hidden), "mlp.experts.down_proj_bias": (experts, width)}
+    layer |= {"mlp.router.weight": (experts, width), "mlp.router.bias": (experts,)}
+    return _decoder(36, width, 201088, lambda i: layer)
 
 
 PRESETS: dict[str, Callable[[], Shapes]] = {
@@ -99,10 +155,18 @@ PRESETS: dict[str, Callable[[], Shapes]] = {
     "llama3-8b": partial(_llama, 32, 4096, 14336, 1024),
     "llama3-70b": partial(_llama, 80, 8192, 28672, 1024),
     "llama3-405b": partial(_llama, 126, 16384, 53248, 1024),
-    "moe-8x7b": moe_8x7b,
+    "mixtral-8x7b": mixtral_8x7b,
+    "qwen3-30b-a3b": qwen3_30b_a3b,
+    "deepseek-v3": deepseek_v3,
+    "gpt-oss-120b": gpt_oss_120b,
+    "moe-8x7b": mixtral_8x7b,  # its first name
 }
-# The overrides that a preset's units need.
-UNITS: dict[str, dict[str, tuple[int, ...]]] = {"moe-8x7b": {"*.experts.*": (0, 1)}}
+_STACKED: dict[str, tuple[int, ...]] = {"*.experts.*": (0, 1)}
+# The modules of a preset have no types, so it says what the table of `dist_agc.model.kinds` says of the model.
+UNITS: dict[str, dict[str, tuple[int, ...]]] = {
+    **dict.fromkeys(("mixtral-8x7b", "qwen3-30b-a3b", "deepseek-v3", "moe-8x7b"), _STACKED),
+    "gpt-oss-120b": {"*.experts.*_proj": (0, 2)},
+}
 
 
 def named(spec: str) -> Callable[[], Any]:
@@ -126,10 +190,10 @@ def named(spec: str) -> Callable[[], Any]:
 
 
 def load(model: str, device: str = "meta") -> nn.Module:
-    """A preset, or what ``package.module:factory`` returns when it is called on ``device``.
+    """A preset, or what ``package.module:factory`` makes when it is called on ``device``.
 
     Raises:
-        ValueError: neither of them.
+        ValueError: neither of them; it makes something else.
     """
     if model in PRESETS:
         return build(PRESETS[model](), device)
@@ -137,6 +201,7 @@ def load(model: str, device: str = "meta") -> nn.Module:
         raise ValueError(f"{model!r} is no preset ({', '.join(PRESETS)}) and not of the form package.module:factory.")
     with torch.device(device):
         made = named(model)()
-    if not isinstance(made, nn.Module):
-        raise ValueError(f"{model!r} returned a {type(made).__name__}; expected a torch.nn.Module.")
-    return made
+    try:
+        return conformance.module_and_loss(made)[0]
+    except TypeError as error:
+        raise ValueError(f"{model!r}: {error}") from error

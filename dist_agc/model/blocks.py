@@ -112,15 +112,20 @@ def sharded(rule: UnitRule | None, local_shape: Sequence[int], cuts: Along = ())
         local_shape: sizes of the local tensor.
         cuts: the axes along which it is cut.
 
-    Raises ValueError where a dim that the rule sees as two is cut so that units cannot be told.
+    Raises ValueError where a dim that the rule sees as two is cut so that units cannot be told; on every rank alike.
     """
     shape = tuple(local_shape)
     if rule is None:
         return Pieces((Block(None, tuple(range(len(shape))), ()),), (), tuple(axis for axis, _ in cuts))
-    if rule.split == 0:
-        return _grouped(rule, shape, cuts)
+    rule = rule.joined
     if rule.split is not None:
-        return _split(rule, rule.split, shape, cuts)
+        if not math.prod(rule.shape):
+            return Pieces((), (), tuple(axis for axis, _ in cuts))
+        along = [axis for axis, dim in cuts if dim == rule.split]
+        if len(along) > 1:
+            seen = rule.shape[rule.split : rule.split + 2]
+            raise ValueError(f"dim {rule.split}, seen as {seen}, is sharded along more than one mesh axis")
+        return (_grouped if rule.kept[0] == rule.split == 0 else _split)(rule, rule.split, shape, cuts, along)
     kept = tuple(shape[d] for d in rule.kept)
     # A block without elements stays where it has units: its rank passes on the sums of units cut along two axes.
     blocks = (Block(None, rule.reduced, kept),) if math.prod(kept) else ()
@@ -129,43 +134,42 @@ def sharded(rule: UnitRule | None, local_shape: Sequence[int], cuts: Along = ())
     return Pieces(blocks, found, tuple(axis for axis, dim in cuts if dim in rule.kept))
 
 
-def _grouped(rule: UnitRule, shape: tuple[int, ...], cuts: Along) -> Pieces:
-    """`sharded` where the rule's first two dims are one dim of the tensor, which may be cut within a group: a rank
-    holds the tail of one group, whole ones, and the head of another."""
+def _grouped(rule: UnitRule, _: int, shape: tuple[int, ...], cuts: Along, along: Sequence[Axis]) -> Pieces:
+    """`sharded` where the rule's first two dims are one dim of the tensor and the first numbers units. That dim may be
+    cut anywhere (``along``): a rank holds the tail of one group, whole ones, and the head of another."""
     groups, per_group = rule.shape[:2]
-    size, channels = groups * per_group, shape[1]
-    along = [axis for axis, dim in cuts if dim == 0]
-    if len(along) > 1:
-        raise ValueError(f"dim 0, seen as {rule.shape[:2]}, is sharded along more than one mesh axis")
+    size, channels = groups * per_group, tuple(shape[d - 1] for d in rule.kept[1:])
     start, stop = chunk(size, along[0].size, along[0].rank) if along else (0, size)
     if stop - start != shape[0]:
         raise ValueError(f"{shape[0]} local rows where torch.chunk gives {stop - start}")
+    units = math.prod(channels)  # of a group
     blocks = [
-        Block((lines, rows), rule.reduced, (lines, channels), group * channels, first - start, lines * rows)
+        Block((lines, rows), rule.reduced, (lines, *channels), group * units, first - start, lines * rows)
         for group, lines, first, rows in _lines(start, stop, per_group)
     ]
     found = []
     for axis, dim in cuts:
         step = max(-(-size // axis.size), 1)
-        if dim == 0 and len(runs := _cut_runs(range(step, size, step), size, per_group, channels)):
+        if dim == 0 and len(runs := _cut_runs(range(step, size, step), size, per_group, units)):
             found.append(Cut(axis, runs))
-        elif dim > 1:  # dim 1 numbers the channels of a group
-            found.append(Cut(axis, _run(0, groups * channels)))
-    return Pieces(tuple(blocks if channels else ()), tuple(found), tuple(axis for axis, dim in cuts if dim < 2))
+        elif dim and dim + 1 not in rule.kept:
+            found.append(Cut(axis, _run(0, groups * units)))
+    distinct = tuple(axis for axis, dim in cuts if dim == 0 or dim + 1 in rule.kept)
+    return Pieces(tuple(blocks if units else ()), tuple(found), distinct)
 
 
-def _split(rule: UnitRule, dim: int, shape: tuple[int, ...], cuts: Along) -> Pieces:
-    """`sharded` where the rule sees dim ``dim`` as two. It may be cut between the lines of the first of them."""
-    lines, rest = divmod(shape[dim], inner := rule.shape[dim + 1])
-    along = [axis for axis, d in cuts if d == dim]
-    start, stop = chunk(rule.shape[dim] * inner, along[0].size, along[0].rank) if along else (0, shape[dim])
-    if len(along) > 1 or rest or start % inner or stop - start != shape[dim]:
+def _split(rule: UnitRule, dim: int, shape: tuple[int, ...], cuts: Along, along: Sequence[Axis]) -> Pieces:
+    """`sharded` where the rule sees dim ``dim`` as two. It may be cut (``along``) between the lines of the first."""
+    size, inner = rule.shape[dim] * rule.shape[dim + 1], rule.shape[dim + 1]
+    start, stop = chunk(size, along[0].size, along[0].rank) if along else (0, size)
+    # Of the borders between any ranks, not of this one's: all have to come to the same answer.
+    within = along and (step := -(-size // along[0].size)) < size and step % inner
+    if within or stop - start != shape[dim]:
         raise ValueError(f"dim {dim}, seen as {rule.shape[dim : dim + 2]}, is not cut between its lines")
-    shape = (*shape[:dim], lines, inner, *shape[dim + 1 :])
-    whole = sharded(UnitRule(rule.shape, rule.kept), shape, [(axis, d + (d > dim)) for axis, d in cuts])
-    return replace(
-        whole, blocks=tuple(replace(b, sizes=(lines, inner), length=shape[0], dim=dim) for b in whole.blocks)
-    )
+    sizes, rows = (shape[dim] // inner, inner), shape[0]
+    viewed = (*shape[:dim], *sizes, *shape[dim + 1 :])
+    whole = sharded(UnitRule(rule.shape, rule.kept), viewed, [(axis, d + (d > dim)) for axis, d in cuts])
+    return replace(whole, blocks=tuple(replace(b, sizes=sizes, length=rows, dim=dim) for b in whole.blocks))
 
 
 def chunk(size: int, pieces: int, index: int) -> tuple[int, int]:

@@ -1,102 +1,19 @@
 """Which dims number the units of a parameter: what was registered, the table by module type, the guess.
 
-The principle behind every line: the dims that the forward pass does not contract number the units. An expert is a
-matrix of its own, so a stack of them, (experts, out, in), has one unit for each expert and output.
-
-No library is imported: a module is known by the names of its class and of those that it derives from.
+The principle behind them: the dims that the forward pass does not contract number the units.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
-from functools import lru_cache
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
 from ..config import check_dims
 from .names import Owners, unwrapped_module
+from .table import Dims, known
 from .units import UnitRule
-
-Dims = tuple[int, ...]
-# Of a module, the name of a parameter in it and its shape. None: this line does not know such a parameter.
-Look = Callable[[Any, str, tuple[int, ...]], "Dims | UnitRule | None"]
-
-
-@dataclass(frozen=True)
-class Kind:
-    """One line of the table.
-
-    ``types``: globs over ``module.Class``. ``dims``: by glob over a parameter's name in such a module, which dims
-    number its units; or a function that looks at the module. ``why``: a phrase, to go on after the class's name.
-    """
-
-    types: tuple[str, ...]
-    dims: Mapping[str, Dims] | Look
-    why: str
-
-    def look(self, module: nn.Module, name: str, shape: tuple[int, ...]) -> Dims | UnitRule | None:
-        if callable(self.dims):
-            return self.dims(module, name, shape)
-        found = (dims for pattern, dims in self.dims.items() if fnmatchcase(name, pattern))
-        return next((dims for dims in found if not dims or dims[-1] < len(shape)), None)
-
-
-def _transposed(module: Any, name: str, shape: tuple[int, ...]) -> Dims | UnitRule | None:
-    """A ConvTranspose: (in, out / groups, ...). The magnitudes of a weight norm are told from it by their shape."""
-    groups, inputs, outputs = module.groups, module.in_channels, module.out_channels
-    if fnmatchcase(name, "weight*") and shape == (inputs, outputs // groups, *module.kernel_size):
-        return UnitRule((groups, inputs // groups, *shape[1:]), (0, 2), split=0) if groups > 1 else (1,)
-    return (0,) if name in ("weight", "weight_g") else None
-
-
-def _conv1d(module: Any, name: str, shape: tuple[int, ...]) -> Dims | None:
-    return (1,) if shape[1:] == (getattr(module, "nf", None),) else None
-
-
-def _experts(module: Any, name: str, shape: tuple[int, ...]) -> Dims | None:
-    """What `use_experts_implementation` of transformers 5 has a module say of itself."""
-    transposed = getattr(module, "is_transposed", None)
-    if not isinstance(transposed, bool) or not hasattr(module, "has_gate") or not fnmatchcase(name, "*_proj*"):
-        return None
-    if len(shape) == 3:
-        return (0, 2) if transposed else (0, 1)
-    return (0,) if fnmatchcase(name, "*_bias") else None
-
-
-ROWS, STACKED, STACKED_TRANSPOSED = (0,), (0, 1), (0, 2)
-_EACH = "one for each expert and output"
-
-# The first line that knows a parameter counts. Each says how such a module uses its parameters, which is the reason.
-TABLE: tuple[Kind, ...] = (
-    # y = x @ weight.T
-    Kind(("torch.nn.modules.linear.Linear",), {"weight*": ROWS}, "rows"),
-    # y_o = x1 @ weight[o] @ x2
-    Kind(("torch.nn.modules.linear.Bilinear",), {"weight": ROWS}, "one for each output"),
-    # An entry is looked up, not contracted; a row is what one entry is made of.
-    Kind(("torch.nn.modules.sparse.Embedding*",), {"weight": ROWS}, "rows"),
-    Kind(("torch.nn.modules.conv._ConvTransposeNd",), _transposed, "one for each output channel"),
-    # (out, in / groups, ...); gain: that of weight standardisation, (out, 1, ...)
-    Kind(("torch.nn.modules.conv._ConvNd",), {"weight*": ROWS, "gain": ROWS}, "one for each output channel"),
-    # Linear layers, several below one another
-    Kind(("torch.nn.modules.activation.MultiheadAttention",), {"*_proj_weight": ROWS}, "rows"),
-    Kind(("torch.nn.modules.rnn.RNN*", "torch.nn.modules.rnn.*Cell*"), {"weight_*": ROWS}, "rows"),
-    # y = x @ weight
-    Kind(("transformers.pytorch_utils.Conv1D",), _conv1d, "columns"),
-    # Whatever its class is called.
-    Kind(("*",), _experts, _EACH),
-)
-
-
-@lru_cache(maxsize=4096)
-def _lines(kind: type) -> tuple[Kind, ...]:
-    """The lines of the table for modules of this type."""
-    names = [f"{base.__module__}.{base.__qualname__}" for base in kind.__mro__ if base not in (nn.Module, object)]
-    return tuple(line for line in TABLE if any(fnmatchcase(name, glob) for glob in line.types for name in names))
-
 
 _registered: dict[type, dict[str, Dims]] = {}
 _registrations = 0
@@ -151,19 +68,18 @@ def default_rule(shape: Sequence[int], owners: Owners = ()) -> UnitRule:
     """The rule of a parameter of this shape in these modules: registered, by the table, or guessed."""
     shape = tuple(shape)
     if _registered:
-        for module, name in owners:
+        # As in the table, the outermost module goes first: it decides how those inside are used.
+        for module, name in reversed(owners):
             if (rule := _of_registry(module, name, shape)) is not None:
                 return rule
     if len(shape) <= 1:
         return UnitRule(shape, (), why="a vector: one unit" if shape else "a number: one unit")
-    for module, name in owners:
-        for line in _lines(type(module)):
-            if (found := line.look(module, name, shape)) is not None:
-                why = f"{type(module).__name__}: {line.why}"
-                rule = found if isinstance(found, UnitRule) else UnitRule(shape, found)
-                return rule.because(why)
+    if (rule := known(shape, owners)) is not None:
+        return rule
     if shape[0] == 1 and math.prod(shape) == max(shape):
         return UnitRule(shape, (), why="a vector: one unit")
+    if len(shape) > 2 and math.prod(shape) == shape[0]:
+        return UnitRule(shape, (0,), why="a gain: one for each number")
     return UnitRule(shape, (0,), why="guess: dim 0", guessed=True)
 
 

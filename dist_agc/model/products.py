@@ -40,16 +40,28 @@ class Products(TorchDispatchMode):
             with self:
                 return func.decompose(*args, **(kwargs or {}))
         if func in _PRODUCTS and torch._C._current_graph_task_id() == -1:
-            for tensor, operand in _PRODUCTS[func](*args):
-                self._seen(tensor, operand)
+            operands = list(_PRODUCTS[func](*args))
+            # Of two parameters a product makes a weight, such as B @ A of an adapter, or it takes a token for its
+            # input. That says of neither what is one output.
+            if not (_PRODUCTS[func] in (_matrices, _added, _linear) and all(self._owned(t) for t, _ in operands)):
+                for tensor, operand in operands:
+                    self._seen(tensor, operand)
         return func(*args, **(kwargs or {}))
 
-    def _seen(self, tensor: Tensor, operand: _Operand) -> None:
+    def _owned(self, tensor: Tensor) -> list[int]:
+        """The places of the parameters that the tensor is a view of."""
+        found = []
         for place in self._places.get(_memory(tensor), ()):
-            parameter, rule = self._parameters[place]
+            parameter = self._parameters[place][0]
             begin = parameter.storage_offset()
             if begin <= tensor.storage_offset() < begin + max(parameter.numel(), 1):
-                self.left.setdefault(place, []).append(_left(operand, rule.shape, _strides(parameter, rule)))
+                found.append(place)
+        return found
+
+    def _seen(self, tensor: Tensor, operand: _Operand) -> None:
+        for place in self._owned(tensor):
+            parameter, rule = self._parameters[place]
+            self.left.setdefault(place, []).append(_left(operand, rule.shape, _strides(parameter, rule)))
 
 
 def agrees(rule: UnitRule, left: Sequence[int]) -> bool:
@@ -94,6 +106,23 @@ def _added(_: Tensor, a: Tensor, b: Tensor, *rest: Any) -> Iterator[tuple[Tensor
     return _matrices(a, b)
 
 
+def _linear(x: Tensor, weight: Tensor, *_: Any) -> Iterator[tuple[Tensor, _Operand]]:
+    """x @ weight.T, where it is dispatched as a whole: in inference mode, and on some devices."""
+    yield _contracted(x, -1)
+    yield _contracted(weight, -1)
+
+
+def _rows_of(*places: int) -> Callable[..., Iterator[tuple[Tensor, _Operand]]]:
+    """A whole layer in one operation, whose arguments at these places are matrices of (out, in), or lists of them."""
+
+    def operands(*args: Any) -> Iterator[tuple[Tensor, _Operand]]:
+        for place in places:
+            given = args[place] if isinstance(args[place], (list, tuple)) else [args[place]]
+            yield from (_contracted(weight, -1) for weight in given if weight.ndim > 1)
+
+    return operands
+
+
 def _convolution(
     x: Tensor, weight: Tensor, bias: Any, stride: Any, padding: Any, dilation: Any, transposed: bool, *rest: Any
 ) -> Iterator[tuple[Tensor, _Operand]]:
@@ -120,11 +149,21 @@ _PRODUCTS: dict[Any, Callable[..., Iterator[tuple[Tensor, _Operand]]]] = {
     _aten.bmm.default: _matrices,
     _aten.mv.default: _matrices,
     _aten.dot.default: _matrices,
+    _aten.vdot.default: _matrices,
+    _aten.linear.default: _linear,
     _aten.addmm.default: _added,
+    _aten._addmm_activation.default: _added,
     _aten.addmv.default: _added,
+    _aten.addbmm.default: _added,
     _aten.baddbmm.default: _added,
     _aten.convolution.default: _convolution,
     _aten._trilinear.default: _bilinear,
+    # The fast paths of attention and encoder layers in eval mode without gradients
+    _aten._native_multi_head_attention.default: _rows_of(5, 7),
+    _aten._transformer_encoder_layer_fwd.default: _rows_of(3, 5, 14, 16),
+    # One layer of an LSTM on CPU; all layers of a recurrent network on CUDA
+    _aten.mkldnn_rnn_layer.default: _rows_of(1, 2),
+    _aten._cudnn_rnn.default: _rows_of(1),
 }
 if hasattr(_aten, "_grouped_mm"):  # torch 2.8
     _PRODUCTS[_aten._grouped_mm.default] = _matrices

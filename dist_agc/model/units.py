@@ -56,15 +56,28 @@ class UnitRule:
 
     def overridden(self, dims: tuple[int, ...], said: str) -> UnitRule:
         """The rule of the same parameter with other ``dims``; ``said`` is where they are from. ValueError: no such."""
-        shape, at = self.shape, self.split
-        if at is not None:
-            shape = (*shape[:at], shape[at] * shape[at + 1], *shape[at + 2 :])
+        shape = self.of_parameter
         if any(not -len(shape) <= d < len(shape) for d in dims):
             raise ValueError(f"{said} = {dims}: a parameter of shape {shape} has no such dim.")
         try:
             return UnitRule(shape, tuple(sorted({d % len(shape) for d in dims})), why=self.why)
         except ValueError as error:
             raise ValueError(f"{said}: {error}") from None
+
+    @property
+    def of_parameter(self) -> tuple[int, ...]:
+        """The shape of the parameter itself, in which no dim is two."""
+        shape, at = self.shape, self.split
+        return shape if at is None else (*shape[:at], shape[at] * shape[at + 1], *shape[at + 2 :])
+
+    @property
+    def joined(self) -> UnitRule:
+        """The same units without ``split``, where both of its dims number units or neither does."""
+        at = self.split
+        if at is None or (at in self.kept) != (at + 1 in self.kept):
+            return self
+        kept = tuple(sorted({d - (d > at) for d in self.kept}))
+        return replace(self, shape=self.of_parameter, kept=kept, split=None)
 
     @property
     def _leading(self) -> int:

@@ -148,14 +148,26 @@ def inner(engine: Any) -> list[torch.optim.Optimizer]:
     return [outer if isinstance(outer, torch.optim.Optimizer) else outer.optimizer]
 
 
+@dataclass(frozen=True)
+class Task:
+    """What is trained. ``known``: the oracle's units of parameters whose modules the package has to know."""
+
+    make: Callable[..., nn.Module] = models.awkward
+    loss: Callable[[nn.Module, Tensor, Tensor], Tensor] = models.loss
+    known: Mapping[str, oracle.Units] = field(default_factory=dict)
+
+
+AWKWARD = Task()
+
+
 def micro_batches(world: Any, step: int, accumulation: int) -> list[tuple[Tensor, Tensor]]:
     tokens, classes = models.batch(step, rank=world.rank, size=world.size)
     return list(zip(tokens.chunk(accumulation), classes.chunk(accumulation), strict=True))
 
 
-def one_step(world: Any, engine: Any, step: int, accumulation: int = 1) -> None:
+def one_step(world: Any, engine: Any, step: int, accumulation: int = 1, task: Task = AWKWARD) -> None:
     for tokens, classes in micro_batches(world, step, accumulation):
-        engine.backward(models.loss(engine, tokens, classes))
+        engine.backward(task.loss(engine, tokens, classes))
         engine.step()
 
 
@@ -163,11 +175,15 @@ class Twin:
     """The same model, whole, in float64, trained with the oracle."""
 
     def __init__(
-        self, groups: Callable[[nn.Module], Sequence[dict[str, Any]]], threshold: float, exclude: set[str]
+        self,
+        groups: Callable[[nn.Module], Sequence[dict[str, Any]]],
+        threshold: float,
+        exclude: set[str],
+        task: Task = AWKWARD,
     ) -> None:
-        self.model = models.awkward(dtype=torch.float64)
+        self.task, self.model = task, task.make(dtype=torch.float64)
         names = {id(p): name for name, p in self.model.named_parameters()}
-        self.rules = oracle.unit_rules(self.model)
+        self.rules = oracle.unit_rules(self.model) | dict(task.known)
         self.exclude = exclude
         self.thresholds: dict[str, float | None] = {}
         for group in groups(self.model):
@@ -181,7 +197,7 @@ class Twin:
     def step(self, step: int) -> oracle.Reference:
         """One step of the whole batch; what clipping made of its gradients."""
         self.model.zero_grad(set_to_none=True)
-        models.loss(self.model, *models.batch(step)).backward()
+        self.task.loss(self.model, *models.batch(step)).backward()
         held = {n: p for n, p in self.model.named_parameters() if n in self.thresholds}
         reference = self.expect(held, {n: p.grad for n, p in held.items() if p.grad is not None})
         with torch.no_grad():
@@ -223,6 +239,7 @@ def parity(
     world: Any,
     settings: dict[str, Any],
     *,
+    task: Task = AWKWARD,
     groups: Callable[[nn.Module], list[dict[str, Any]]] = one_group,
     optimizer: Callable[[Any], torch.optim.Optimizer] | None = None,
     checkpointed: bool = False,
@@ -245,12 +262,12 @@ def parity(
     prepare()
     stage = settings["zero_optimization"]["stage"]
     kind = kind or kind_of(stage)
-    model = models.awkward()
+    model = task.make()
     if dtype is not torch.float32:
         model.to(dtype)
     by_group = order(order_of(model, groups(model)))
     excluded = {name for group in by_group for name, _ in group if name.startswith("uneven.")} if exclude else set()
-    twin = Twin(groups, threshold, excluded)
+    twin = Twin(groups, threshold, excluded, task)
     made = optimizer or (lambda given: torch.optim.SGD(given, lr=LR))
     agc = {"clipping_threshold": threshold, "exclude": list(exclude), **block}
     settings = {**settings, "adaptive_gradient_clipping": agc}
@@ -263,7 +280,7 @@ def parity(
     watch = Watch(inner(engine))
     worst, calls, expected, reference = 0.0, [], None, None
     for step in range(steps):
-        one_step(world, engine, step, settings["gradient_accumulation_steps"])
+        one_step(world, engine, step, settings["gradient_accumulation_steps"], task)
         calls = watch.take()
         seen = {
             what: together(world, [t for call in calls for t in getattr(call, what)], by_group, kind)
