@@ -112,7 +112,7 @@ def test_two_dims_vectors_and_empty_tensors_are_no_cause_to_warn(shape: tuple[in
 
 def test_a_frozen_parameter_is_told_when_it_thaws() -> None:
     module = model().requires_grad_(False)
-    module["head"].requires_grad_(True)
+    module.get_submodule("head").requires_grad_(True)
     clipper = dist_agc.Clipper(module)  # an error, if this warned
     with_grads(module)
     clipper.clip()

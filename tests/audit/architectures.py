@@ -1,4 +1,7 @@
-"""What the audit looks at, by name: a model that is left out in silence would be a hole in it."""
+"""What the audit looks at, by name: a model that is left out in silence would be a hole in it.
+
+All families with experts, and models that are well known. docs/units-audit.md says what was found of all others.
+"""
 
 # Every directory of transformers' models with a class of experts; by its type, the part of it that holds them.
 WITH_EXPERTS = """
@@ -17,8 +20,8 @@ arcee bamba biogpt bloom codegen cohere cohere2 ctrl diffllama exaone4 falcon fa
 gemma3_text glm glm4 gpt2 gpt_neo gpt_neox gptj granite helium hunyuan_v1_dense lfm2 llama mamba mamba2 ministral
 mistral mpt nemotron olmo olmo2 openai-gpt opt persimmon phi phi3 qwen2 qwen3 recurrent_gemma reformer rwkv seed_oss
 smollm3 stablelm starcoder2 xglm xlnet
-albert bert big_bird camembert convbert deberta deberta-v2 distilbert electra esm fnet funnel longformer mobilebert
-modernbert mpnet nystromformer roberta roformer squeezebert xlm xlm-roberta yoso
+albert bert big_bird camembert canine convbert deberta deberta-v2 distilbert electra esm fnet funnel layoutlm longformer
+mobilebert modernbert mpnet nystromformer roberta roformer squeezebert xlm xlm-roberta yoso
 bart bigbird_pegasus blenderbot fsmt led longt5 m2m_100 marian mbart mt5 pegasus plbart prophetnet t5 t5gemma umt5
 """.split()
 
@@ -29,8 +32,8 @@ mobilevit mobilevitv2 poolformer pvt regnet resnet segformer swiftformer swin sw
 
 SOUND_AND_MORE = """
 audio-spectrogram-transformer data2vec-audio hubert sew speech_to_text unispeech wav2vec2 wav2vec2-bert
-wav2vec2-conformer wavlm whisper altclip chinese_clip clip clip_text_model clip_vision_model flava git groupvit lxmert siglip
-siglip_vision_model
+wav2vec2-conformer wavlm whisper altclip blip chinese_clip clip clip_text_model clip_vision_model flava git groupvit
+layoutlmv3 lxmert owlvit siglip siglip_vision_model
 """.split()
 
 TRANSFORMERS = sorted({*WITH_EXPERTS, *LANGUAGE, *VISION, *SOUND_AND_MORE})
@@ -53,7 +56,9 @@ NOT_BUILT = {
 LEAST_SEEN = 0.9
 LESS_SEEN = {
     "bit": (0.0, "weight standardisation: the product takes a computed weight"),
+    "blip": (0.2, "its text model meets no picture in a cross attention"),
     "ernie4_5_vl_moe_text": (0.7, "the experts of its pictures see no picture"),
+    "layoutlmv3": (0.3, "it is given a text without its picture"),
     "nllb-moe": (0.3, "an expert is a module of its own, and not every one is routed to"),
 }
 # Stacked experts that no product has seen, by the name of the module in them, and why.

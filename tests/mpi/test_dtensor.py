@@ -373,7 +373,7 @@ def test_a_grouped_weight_cut_twice_along_dim_0(world: Any) -> None:
     mesh = world.mesh((1, world.size) if world.size != 4 else (2, 2), ("outer", "inner"))
     layer = distribute(nn.ConvTranspose1d(8, 4, 3, groups=2), mesh, {"weight": [Shard(0), Shard(0)]})
     if world.size == 4:
-        with pytest.raises(ValueError, match="'weight' .*dim 0, seen as \(.*\), is sharded along more"):
+        with pytest.raises(ValueError, match=r"'weight' .*dim 0, seen as \(.*\), is sharded along more"):
             dist_agc.Clipper(layer, clipping_threshold=0.01)
     else:
         assert dist_agc.Clipper(layer, clipping_threshold=0.01).execution().plan.units == 4 + 1

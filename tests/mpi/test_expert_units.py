@@ -244,7 +244,9 @@ def test_an_expert_axis_and_fsdp2(world: Any) -> None:
 @pytest.mark.filterwarnings("ignore:.*torch_dtype")
 @pytest.mark.parametrize("kind", KINDS)
 def test_transformers_distributes(world: Any, kind: str) -> None:
-    """Its own expert parallelism with FSDP2, trained; on 3 ranks FSDP2 alone, since 4 experts do not divide."""
+    """Its own expert parallelism with FSDP2, trained."""
+    if world.size % 2:
+        pytest.skip("needs an even number of ranks")
     from transformers.distributed.configuration_utils import DistributedConfig
 
     folder = Path(world.gather(world.folder.name)[0]) / kind
@@ -252,12 +254,11 @@ def test_transformers_distributes(world: Any, kind: str) -> None:
         whole: Any = language_model(kind)
         whole.save_pretrained(folder)
     world.gather(None)
-    ep_size = 2 if world.size % 2 == 0 else 1
-    distributed = DistributedConfig(fsdp_size=world.size, ep_size=ep_size)
+    distributed = DistributedConfig(fsdp_size=world.size, ep_size=2)
     model: Any = KINDS[kind][1].from_pretrained(folder, distributed_config=distributed, experts_implementation="eager")
     model.train()
     experts: Any = model.get_parameter(f"{EXPERTS}.down_proj")
-    assert isinstance(experts, DTensor) and len(experts.placements) == (2 if ep_size > 1 else 1)
+    assert isinstance(experts, DTensor) and len(experts.placements) == 2
     check_training(
         world,
         model,
@@ -273,20 +274,14 @@ def test_transformers_distributes(world: Any, kind: str) -> None:
 
 
 def torchtitan_moe() -> Any:
-    """It imports triton for kernels that nothing here runs: something takes its place where there is none."""
+    """Without triton something takes the place of its kernels for dispatch, which nothing here runs."""
     pytest.importorskip("torchtitan", reason="needs torchtitan")
-    # Torch looks for the real one, and does so here before there is another.
-    importlib.import_module("torch._inductor.utils")
-    names = () if importlib.util.find_spec("triton") else ("triton", "triton.language")
-    made_up = {name: MagicMock() for name in names}
-    sys.modules.update(made_up)
-    try:
-        return importlib.import_module("torchtitan.models.common.moe")
-    finally:
-        for name in made_up:
-            del sys.modules[name]
+    if importlib.util.find_spec("triton") is None:
+        sys.modules.setdefault("torchtitan.distributed.minimal_async_ep.kernels", MagicMock())
+    return importlib.import_module("torchtitan.models.common.moe")
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what torchtitan imports
 def test_torchtitan(world: Any) -> None:
     moe = torchtitan_moe()
 
