@@ -25,6 +25,9 @@ from dist_agc.frameworks._flat import FlatInterval
 from dist_agc.model.blocks import Axis
 from dist_agc.model.parameter import Parameter
 
+# Layers of any shape: that the units of some are guessed is told; tests/test_guesses.py looks at that.
+pytestmark = pytest.mark.filterwarnings("ignore:dist_agc does not know the modules:UserWarning")
+
 EXAMPLES = 1500
 THRESHOLD = 1.0
 TOLERANCE = {torch.float64: 2e-6, torch.float32: 2e-6, torch.bfloat16: 5e-3, torch.float16: 1e-3}
