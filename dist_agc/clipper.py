@@ -126,9 +126,8 @@ class Clipper:
 
 
 def _tell_guesses(pairs: Iterable[tuple[Parameter, UnitRule | None]]) -> None:
-    """One warning for all units that are guessed where a guess is likely to be wrong: of three dims or more."""
-    rules = [(p.name, rule) for p, rule in pairs if rule is not None and rule.guessed and rule.count]
-    shapes = {numberless(name): rule.shape for name, rule in rules if len(rule.shape) > 2}
+    """One warning for all units whose guess is often wrong."""
+    shapes = {numberless(p.name): rule.shape for p, rule in pairs if rule is not None and rule.doubtful}
     if not shapes:
         return
     found, first = [f"{name!r} {shape}" for name, shape in shapes.items()], next(iter(shapes))

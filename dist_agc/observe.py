@@ -155,6 +155,16 @@ def units(model: Model, run: Callable[[], Any] | None = None, **options: Any) ->
         left = seen.get(place)
         other = (dims for dims in left or () if not agrees(rule, dims))
         observed = None if left is None else next(other, rule.kept)
-        known = (rule.kept, rule.count, rule.why, rule.guessed, observed, rule.shape)
-        rows.append(UnitRow(parameter.name, parameter.shape, *known))
+        rows.append(
+            UnitRow(
+                name=parameter.name,
+                shape=parameter.shape,
+                dims=rule.kept,
+                count=rule.count,
+                why=rule.why,
+                guessed=rule.guessed,
+                observed=observed,
+                view=rule.shape,
+            )
+        )
     return rows

@@ -159,7 +159,9 @@ class Counts:
 
 def often_wrong(row: UnitRow) -> bool:
     """Whether clipping warns of this guess."""
-    return row.guessed and len(row.view) > 2 and row.count > 0
+    from ..model.units import UnitRule
+
+    return UnitRule(row.view, row.dims, guessed=row.guessed).doubtful
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,8 @@
 ZeRO 1 and 2, BF16_Optimizer and FP16_Optimizer flatten a parameter group and cut the whole; ZeRO 3 cuts every parameter
 by itself and lays the pieces of a sub-group side by side. Either way one rank holds one interval of each parameter.
 
+All of one framework is in this one file, which is why it is longer than others.
+
 Private to DeepSpeed and read here only, each checked when it is read: the lists of flat tensors and of parameters
 below, ``_config.gradient_clipping``, ``clip_grad``, and the flags that say that a step goes another way.
 """
@@ -46,11 +48,10 @@ class DeepSpeed(Framework):
         return is_a(model, "DeepSpeedEngine")
 
     def claim(self, model: nn.Module | None, entries: Sequence[Entry]) -> tuple[list[Parameter], list[Entry]]:
-        mine = [e for e in entries if hasattr(e.tensor, "ds_id") or hasattr(e.tensor, "_hp_mapping")]
-        left = set(map(id, mine))
+        mine = [entry for entry in entries if _spread_by_zero(entry.tensor)]
         # Looked at by `units`; clipped through the engine alone.
-        found = [Unknown.of(entry, _shape(entry.tensor), problem=_NOT_BY_MODULE) for entry in mine]
-        return found, [entry for entry in entries if id(entry) not in left]  # type: ignore[return-value]
+        found: list[Parameter] = [Unknown.of(e, _shape(e.tensor), problem=_NOT_BY_MODULE) for e in mine]
+        return found, [entry for entry in entries if not _spread_by_zero(entry.tensor)]
 
     def attachment(
         self, engine: Any, optimizer: Any, config: AGCConfig | None, options: Mapping[str, Any]
@@ -72,6 +73,10 @@ class DeepSpeed(Framework):
         norm_clipping = options.pop("norm_clipping", None)
         settings = merged(block or {}, config, options, f'the DeepSpeed config\'s "{BLOCK}"')
         return _Engine(parameters(engine), optimizers(engine), settings, engine, norm_clipping)
+
+
+def _spread_by_zero(tensor: Tensor) -> bool:
+    return hasattr(tensor, "ds_id") or hasattr(tensor, "_hp_mapping")
 
 
 def read_block(config: Mapping[str, Any]) -> dict[str, Any] | None:

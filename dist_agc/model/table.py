@@ -3,6 +3,9 @@
 No library is imported: a module is known by the names of its class and of those that it derives from. To add a line,
 read the forward pass: the dims that it contracts are those that a norm sums over, all others number the units. An
 expert is a matrix of its own, and so is each layer of a stack.
+
+It is as long as what is known, and it names modules of training frameworks too: what a forward pass contracts is one
+question, who spreads the parameters another, and only that one belongs to frameworks/.
 """
 
 from __future__ import annotations
@@ -118,12 +121,12 @@ def _adapter(module: Any, name: str, shape: tuple[int, ...]) -> Dims | UnitRule 
     return UnitRule(view, (0, 2), split=1) if straight else (1,)
 
 
-def _once(_: Any, name: str, shape: tuple[int, ...]) -> Dims | None:
+def _once(_: Any, __: str, shape: tuple[int, ...]) -> Dims | None:
     """Of (1, ...): one of its kind, such as the positions of all patches."""
     return () if len(shape) > 2 and shape[0] == 1 else None
 
 
-def _vectors(_: Any, name: str, shape: tuple[int, ...]) -> Dims:
+def _vectors(_: Any, __: str, shape: tuple[int, ...]) -> Dims:
     """Each vector along the last dim, as `Embedding` has them."""
     return tuple(range(len(shape) - 1))
 
@@ -310,8 +313,10 @@ TABLE: tuple[Kind, ...] = (
             "*_embedding*": _once,
             "*token*": _once,
             "*query*": _once,
-        }
-        | {"*queries*": _once, "*latents*": _once, "*prompt*": _once},
+            "*queries*": _once,
+            "*latents*": _once,
+            "*prompt*": _once,
+        },
         "one unit",
     ),
 )

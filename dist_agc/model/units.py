@@ -65,6 +65,11 @@ class UnitRule:
             raise ValueError(f"{said}: {error}") from None
 
     @property
+    def doubtful(self) -> bool:
+        """Whether it is a guess that is often wrong: one on three dims or more, of a tensor that has units."""
+        return self.guessed and len(self.shape) > 2 and self.count > 0
+
+    @property
     def of_parameter(self) -> tuple[int, ...]:
         """The shape of the parameter itself, in which no dim is two."""
         shape, at = self.shape, self.split
