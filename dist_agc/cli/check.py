@@ -18,14 +18,16 @@ from .options import UnitsOption, units_option
 if TYPE_CHECKING:
     from ..conformance import Row
 
+DID_NOT_RUN = ("skipped", "not set up")
+
 
 def command(
     model: Annotated[
         str | None,
         Option(
             metavar="PACKAGE.MODULE:FACTORY",
-            help="Check a model of your own: a function that returns a module, or (module, loss) where loss(module) "
-            "gives a scalar. Without a loss gradients are noise.",
+            help="Check a model of your own: a function that returns a module, (module, loss) or (module, batch). "
+            "loss(module) gives a scalar; of a batch, it is the loss in the output, or the mean of its squares.",
         ),
     ] = None,
     layout: Annotated[
@@ -47,7 +49,10 @@ def command(
 
     Run it where you train: under torchrun, mpirun or the DeepSpeed launcher, [dim]torchrun --nproc-per-node 8 -m
     dist_agc.cli check[/dim], [dim]deepspeed --no_local_rank --module dist_agc.cli check[/dim], or by itself,
-    [dim]dist-agc check --nproc 4[/dim]. The exit code is 1 if any layout fails.
+    [dim]dist-agc check --nproc 4[/dim].
+
+    The exit code is 1 if AGC is wrong or fails in any layout, or no layout ran. One that could not be set up, with AGC
+    or without, is named with the reason and counts for nothing.
     """
     from .. import AGCConfig, conformance
     from ..lab import shapes
@@ -74,8 +79,7 @@ def command(
             progress=lambda name: print(f"checking {name} ...", file=sys.stderr, flush=True),
             report=lambda rows: _print(rows, here, as_json),
         )
-    good = {"ok"} <= {row.verdict for row in rows} <= {"ok", "skipped"}
-    raise Exit(int(not good))
+    raise Exit(int(not {"ok"} <= {row.verdict for row in rows} <= {"ok", *DID_NOT_RUN}))
 
 
 @contextmanager
@@ -106,39 +110,44 @@ def _print(rows: Sequence[Row], here: launch.Place, as_json: bool) -> None:
     import torch
     from rich.markup import escape
 
+    from ..conformance.losses import GIVEN
     from ..lab.console import display
-    from .tables import table
+    from .tables import show, table
 
     if as_json:
         print(json.dumps({"torch": torch.__version__, "layouts": [asdict(row) for row in rows]}, indent=2))
         return
     console = display.console(here)
-    if not console.is_terminal:
-        console.width = 120
     beside = ["shard-unaware"] if any(row.shard_unaware for row in rows) else []
-    cells, notes = [], []
+    cells: list[list[str]] = []
+    notes: dict[str, list[str]] = {}  # and the layouts that each is of
     for row in rows:
-        colour = {"ok": "green", "skipped": "dim"}.get(row.verdict, "red")
+        colour = {"ok": "green", "skipped": "dim", "not set up": "yellow"}.get(row.verdict, "red")
         short, _, long = row.shard_unaware.partition(": ")
         numbers = (row.units, row.clipped_units, row.split_units, row.collectives, row.bytes)
         ran = row.verdict in ("ok", "wrong", "vacuous")
         measured = [f"{row.error:.1e}", *map(str, numbers)] if ran else [""] * 6
         cells.append([row.layout, *measured, f"[{colour}]{row.verdict}[/{colour}]", *[short for _ in beside]])
         if row.note:
-            notes.append(f"[{colour}]{row.layout}[/{colour}]: {escape(row.note)}")
+            notes.setdefault(row.note, []).append(f"[{colour}]{row.layout}[/{colour}]")
         if long:
-            notes.append(f"{row.layout}, shard-unaware: {escape(long.partition('. ')[0])}")
+            notes.setdefault(long.partition(". ")[0], []).append(f"{row.layout} shard-unaware")
     heading = f"{here.size} rank{'s' if here.size > 1 else ''}, torch {torch.__version__}"
     columns = ["layout", "error", "units", "clipped", "split", "sends", "bytes", "verdict", *beside]
-    console.print(table(heading, columns, cells, left=["verdict", *beside]))
-    for note in notes:
-        console.print(note, soft_wrap=True)
+    show(console, table(heading, columns, cells, left=["verdict", *beside]))
+    for note, layouts in notes.items():
+        console.print(f"{', '.join(layouts)}: {escape(note)}", soft_wrap=True)
+    for source in {row.gradients: None for row in rows if row.gradients not in ("", GIVEN)}:
+        console.print(f"Gradients: {source}.", soft_wrap=True)
     if beside:
         console.print(
             "Shard-unaware: AGC as it is written for one process, beside the same rule on whole tensors. Both errors "
             "are the largest of any element, relative to it.",
             style="dim",
         )
-    checked = [row for row in rows if row.verdict != "skipped"]
-    good = sum(row.verdict == "ok" for row in checked)
-    console.print(f"[bold]{good} of {len(checked)} layouts give the unsharded answer.[/bold]")
+    ran = [row for row in rows if row.verdict not in DID_NOT_RUN]
+    good = sum(row.verdict == "ok" for row in ran)
+    said = f"{good} of {len(ran)} layouts give the unsharded answer." if ran else "No layout ran: nothing was checked."
+    console.print(f"[bold]{said}[/bold]")
+    if missing := sum(row.verdict == "not set up" for row in rows):
+        console.print(f"{missing} could not be set up, for reasons that have nothing to do with AGC.")

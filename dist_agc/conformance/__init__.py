@@ -5,10 +5,12 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import textwrap
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -20,12 +22,16 @@ from ..model.names import near
 from ..model.units import unit_rules
 from . import reference, sharding, unaware
 from .cases import AS_IS, CASES, Case, odd_loss, odd_model
-from .ranks import Failed, Ranks
-from .reference import Reference
-from .subjects import Loss, Subject, is_engine
+from .losses import Loss, described, module_and_loss, of_example
+from .ranks import Failed, NotSetUp, Ranks
+from .reference import Reference, Rules, Tensors
+from .subjects import Subject, is_engine
 
-Verdict = Literal["ok", "wrong", "vacuous", "error", "skipped"]
+# "skipped" for want of ranks or of DeepSpeed; "not set up" where torch, DeepSpeed or the model fails before AGC runs.
+Verdict = Literal["ok", "wrong", "vacuous", "error", "not set up", "skipped"]
 Factory = Callable[[], Any]
+
+NOTHING = "fewer than two units have gradients that differ: nothing to compare"
 
 # What one rounding to the dtype of the gradient, and the sums before it, may cost.
 TOLERANCE = {torch.bfloat16: 8e-3, torch.float16: 1e-3}  # 1e-6 for every other
@@ -44,6 +50,7 @@ class Row:
     split_units: int = 0  # those that are cut
     collectives: int = 0
     bytes: int = 0
+    gradients: str = ""  # what they came from
     shard_unaware: str = ""  # what AGC does here that does not know of shards, where that was asked for
 
 
@@ -76,8 +83,9 @@ def run(
 
     Args:
         patterns: globs over the layouts' names; ``("as-is",)`` takes the factory's model as it comes, sharded already.
-        factory: makes the module to check, or (module, loss), where ``loss(module)`` runs forward and returns a scalar;
-            without a loss gradients are noise. Without a factory: a small model of odd shapes.
+        factory: makes the module to check; or (module, loss), where ``loss(module)`` runs forward and returns a scalar;
+            or (module, batch), of which `losses.OutputLoss` is taken. For a module alone that is the batch which it
+            shows as an example, and else gradients are noise. Without a factory: a small model of odd shapes.
         config: exclusions and units of that model. The threshold is chosen so that some units are clipped and some not.
         shard_unaware: say of each layout, too, what AGC does there that is written for one process.
         progress: called on rank 0 with the name of each layout before it runs.
@@ -92,8 +100,8 @@ def run(
     def last_words(error: Failed) -> None:
         case, *others = chosen[len(rows) :]
         why = f"not run: {case.name} failed on rank {error.rank} while other ranks may still wait for it there"
-        left = [Row(c.name, "skipped", c.needs(factory is not None) or why) for c in others]
-        report([*rows, Row(case.name, "error", str(error)), *left])
+        left = [Row(c.name, "skipped", c.needs() or why) for c in others]
+        report([*rows, _failed(case, error), *left])
 
     ranks = Ranks(last_words)
     for case in chosen:
@@ -107,31 +115,48 @@ def run(
 
 
 def _row(case: Case, ranks: Ranks, factory: Factory | None, config: AGCConfig, shard_unaware: bool) -> Row:
-    if missing := case.needs(factory is not None):
+    if missing := case.needs():
         return Row(case.name, "skipped", missing)
 
-    def fresh(config: AGCConfig) -> _Prepared:
-        model, loss = ranks.each(lambda: _made(factory), together=False)
-        return ranks.each(lambda: _prepare(case, model, loss, config))
+    def fresh(config: AGCConfig) -> _Prepared | None:
+        """None where there is nothing to compare."""
+        model, loss = ranks.each(lambda: _made(factory), setting_up=True, together=False)
+        rules = ranks.each(lambda: _rules(model, config))
+        subject, weights, grads = ranks.each(lambda: _set_up(case, model, loss, rules), setting_up=True)
+        mine = reference.threshold(weights, grads, rules, config.eps)
+        found: list[float | None] = [json.loads(text) for text in ranks.gather(json.dumps(mine))]
+        threshold = ranks.each(lambda: agreed_threshold(found), setting_up=True)
+        if threshold is None:
+            return None
+        config = replace(config, clipping_threshold=threshold, dry_run=False, statistics=True, weight_norm_interval=1)
+        return _Prepared(subject, config, reference.clip(weights, grads, rules, config))
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            made = fresh(config)
-            mine = ranks.each(lambda: _check(case, made))
+            if (made := fresh(config)) is None:
+                return Row(case.name, "vacuous", NOTHING)
+            mine = ranks.each(partial(_check, case, made))
             row = _agreed([Row(**json.loads(text)) for text in ranks.gather(json.dumps(asdict(mine)))])
             if shard_unaware:
                 # As that rule has it: dim 0 numbers the units of every parameter, and none is excluded.
                 made = fresh(replace(config, units="leading", exclude=()))
-                row = replace(row, shard_unaware=_shard_unaware(ranks, made))
+                row = replace(row, shard_unaware=_shard_unaware(ranks, made) if made is not None else NOTHING)
             return row
     except Failed as error:  # a layout that cannot run must not hide the others
+        return _failed(case, error)
+
+
+def _failed(case: Case, error: Failed) -> Row:
+    if not error.setting_up:
         return Row(case.name, "error", str(error))
+    # What torch and the model say may be long, with whole modules in it.
+    return Row(case.name, "not set up", textwrap.shorten(str(error).partition("\n")[0], 160, placeholder=" ..."))
 
 
 def _agreed(rows: list[Row]) -> Row:
     """The worst verdict of all ranks and the largest numbers."""
-    worst = next((r for verdict in ("wrong", "vacuous") for r in rows if r.verdict == verdict), rows[0])
+    worst = next((row for row in rows if row.verdict == "wrong"), rows[0])
     numbers = ("error", "split_units", "collectives", "bytes")
     return replace(worst, **{name: max(getattr(row, name) for row in rows) for name in numbers})
 
@@ -140,21 +165,13 @@ def _made(factory: Factory | None) -> tuple[nn.Module, Loss | None]:
     return (odd_model(), odd_loss) if factory is None else module_and_loss(factory())
 
 
-def module_and_loss(made: Any) -> tuple[nn.Module, Loss | None]:
-    """What a factory returned, which is a module or (module, loss). TypeError: it is something else."""
-    model, loss = made if isinstance(made, tuple) else (made, None)
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"the factory must return a module or (module, loss), got {type(model).__name__}.")
-    return model, loss
-
-
 @dataclass(frozen=True)
 class _Prepared:
-    """A model under one layout with gradients, and what clipping must make of them; None where that shows nothing."""
+    """A model under one layout with gradients, and what clipping must make of them."""
 
     subject: Subject
     config: AGCConfig
-    expected: Reference | None
+    expected: Reference
 
     @property
     def tolerance(self) -> float:
@@ -162,30 +179,41 @@ class _Prepared:
         return max(TOLERANCE.get(tensor.dtype, 1e-6) for tensor, _ in self.subject.held())
 
 
-def _prepare(case: Case, model: nn.Module, loss: Loss | None, config: AGCConfig) -> _Prepared:
+def _rules(model: nn.Module, config: AGCConfig) -> Rules:
+    """Of the trainable parameters."""
     found = deepspeed.parameters(model) if is_engine(model) else parameters(model)
     pairs = zip(found, unit_rules(found, config), strict=True)
-    rules = {parameter.name: rule for parameter, rule in pairs if parameter.tensor.requires_grad}
-    subject = case.build(model.to(sharding.device()), loss)
+    return {parameter.name: rule for parameter, rule in pairs if parameter.tensor.requires_grad}
+
+
+def _set_up(case: Case, model: nn.Module, loss: Loss | None, rules: Rules) -> tuple[Subject, Tensors, Tensors]:
+    """The model under this layout after a backward pass, and its full weights and gradients."""
+    model = model.to(sharding.device())
+    subject = case.build(model, loss or of_example(model))
+    subject.rehearse()
     subject.backward()
     weights, grads = subject.tensors()
     if set(weights) != set(rules):
-        raise RuntimeError(f"gathered other parameters: {sorted(set(weights) ^ set(rules))[:5]}")
-    threshold = reference.threshold(weights, grads, rules, config.eps)
-    if threshold is None:
-        return _Prepared(subject, config, None)
-    config = replace(config, clipping_threshold=threshold, dry_run=False, statistics=True, weight_norm_interval=1)
-    return _Prepared(subject, config, reference.clip(weights, grads, rules, config))
+        raise NotSetUp(f"gathered other parameters: {sorted(set(weights) ^ set(rules))[:5]}")
+    if strange := [name for name, grad in grads.items() if not grad.isfinite().all()]:
+        raise NotSetUp(f"the gradient of {strange[0]} is not finite")
+    return subject, weights, grads
+
+
+def agreed_threshold(found: Sequence[float | None]) -> float | None:
+    """One for all ranks, whose gradients are equal once they are gathered, but for the last digits of a sum."""
+    given = [threshold for threshold in found if threshold is not None]
+    if given and (len(given) < len(found) or max(given) > 1.000001 * min(given)):
+        raise NotSetUp("ranks have different gradients: average them in loss(module), or shard the model with DDP")
+    return found[0]
 
 
 def _check(case: Case, made: _Prepared) -> Row:
-    subject, expected = made.subject, made.expected
-    if expected is None:
-        return Row(case.name, "vacuous", "fewer than two units have gradients that differ: nothing to compare")
+    subject, config, expected = made.subject, made.config, made.expected
     shares = subject.has_shares()
-    stats = subject.clip(made.config)
+    stats = subject.clip(config)
     error = reference.worst_error(subject.clipped(), expected.grads)
-    sent, axes = subject.sent(made.config)
+    sent, axes = subject.sent(config)
     clipped, tolerance = int(stats.clipped_units), made.tolerance
     near = max(tolerance, 1e-5)
     found: list[tuple[str, float, float, float]] = [  # (what, found, expected, how much of it this may be off)
@@ -210,6 +238,7 @@ def _check(case: Case, made: _Prepared) -> Row:
         split_units=sum(axis.slots for axis in axes),
         collectives=sent.collectives,
         bytes=sent.bytes,
+        gradients=described(subject.loss),
     )
 
 
@@ -218,8 +247,6 @@ def _shard_unaware(ranks: Ranks, made: _Prepared) -> str:
     subject, config, expected = made.subject, made.config, made.expected
 
     def clip() -> str:
-        if expected is None:
-            return "nothing to compare"
         try:
             subject.hand_over(lambda tensors: unaware.clip(tensors, config.clipping_threshold, config.eps))
         except RuntimeError as error:
@@ -227,7 +254,6 @@ def _shard_unaware(ranks: Ranks, made: _Prepared) -> str:
         return ""
 
     def error() -> float:
-        assert expected is not None
         return reference.worst_error(subject.clipped(), expected.grads)
 
     if said := next(filter(None, ranks.gather(ranks.each(clip))), ""):

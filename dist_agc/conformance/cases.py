@@ -17,8 +17,10 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from ..model.kinds import register_units
 from . import sharding
+from .losses import Loss
+from .ranks import NotSetUp
 from .sharding import Units
-from .subjects import Loss, Subject, ZeroSubject, is_engine
+from .subjects import Subject, ZeroSubject, is_engine
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class Case:
         least, most: ranks that it needs, in a ``multiple`` of some number.
         same_batch: so many neighbouring ranks hold one copy together, and take the same share of the suite's own batch;
             0: all of them. A user's loss knows its own share.
+        averages: every rank has a whole model, and nothing of torch or DeepSpeed averages their gradients.
     """
 
     name: str
@@ -38,13 +41,12 @@ class Case:
     multiple: int = 1
     most: float = math.inf
     same_batch: int = 1
+    averages: bool = False
 
-    def needs(self, own_model: bool) -> str | None:
-        """What is missing here, for a model of the user's own or the suite's; None where it can run."""
+    def needs(self) -> str | None:
+        """What is missing on this machine; None where it can run."""
         if self.name.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
             return "needs DeepSpeed: pip install 'dist-agc[deepspeed]'"
-        if own_model and "tp" in self.name:
-            return "needs a plan for the model's layers: shard it in the factory and use --layout as-is"
         size = dist.get_world_size()
         if size < self.least or size % self.multiple:
             multiple = f", and a multiple of {self.multiple}" if self.multiple > 1 else ""
@@ -52,11 +54,10 @@ class Case:
         return f"needs at most {self.most} ranks" if size > self.most else None
 
     def build(self, model: nn.Module, loss: Loss | None) -> Subject:
-        children = list(model.children())
-        sharded = self.shard(model, children[: len(children) // 2])  # the rest is the root's
+        sharded = self.shard(model, sharding.layers(model))
         if loss is odd_loss:
             loss = partial(odd_loss, share=dist.get_rank() // self.same_batch if self.same_batch else 0)
-        return (ZeroSubject if is_engine(sharded) else Subject)(sharded, loss)
+        return ZeroSubject(sharded, loss) if is_engine(sharded) else Subject(sharded, loss, self.averages)
 
 
 class Experts(nn.Module):
@@ -115,6 +116,8 @@ def odd_loss(model: nn.Module, share: int = 0) -> Tensor:
 
 
 def _cut(model: nn.Module, mesh: DeviceMesh) -> None:
+    if not isinstance(model, Odd):
+        raise NotSetUp("needs a plan for the model's layers: shard it in the factory and use --layout as-is")
     # Kept as DTensors between the two, because a plain tensor no longer says that its shards are uneven.
     parallelize_module(model, mesh, {"up": ColwiseParallel(use_local_output=False), "down": RowwiseParallel()})
 
@@ -125,10 +128,10 @@ def _zero(model: nn.Module, units: Units, *, stage: int) -> Any:
 
 
 _FSDP1 = {"full": "FULL_SHARD", "grad-op": "SHARD_GRAD_OP", "no-shard": "NO_SHARD", "hybrid": "HYBRID_SHARD"}
-_HALVES = {"least": 4, "multiple": 2}  # of the ranks, each with a whole copy
+_HALVES: dict[str, Any] = {"least": 4, "multiple": 2}  # of the ranks, each with a whole copy
 
 CASES = [
-    Case("plain", lambda model, units: model, same_batch=0),
+    Case("plain", lambda model, units: model, averages=True),
     Case("ddp", lambda model, units: sharding.ddp(model, find_unused_parameters=True)),
     *(
         Case(

@@ -19,11 +19,19 @@ PATIENCE = timedelta(seconds=300)  # of those that came back, for the others
 STUCK = "waits in a collective to which others do not come"
 
 
-class Failed(Exception):
-    """At least one rank failed, ``rank`` first. ``everywhere``: all of them did, each by itself."""
+class NotSetUp(Exception):
+    """What the check itself has to say of a model that it cannot bring under a layout."""
 
-    def __init__(self, texts: list[str], rank: int) -> None:
+
+class Failed(Exception):
+    """At least one rank failed, ``rank`` first. ``everywhere``: all of them did, each by itself.
+
+    ``setting_up``: before AGC was asked for anything.
+    """
+
+    def __init__(self, texts: list[str], rank: int, setting_up: bool) -> None:
         self.rank, self.everywhere = rank, all(text not in ("", STUCK) for text in texts)
+        self.setting_up = setting_up
         same = self.everywhere and len(set(texts)) == 1
         super().__init__(texts[rank] if same else f"rank {rank}: {texts[rank]}")
 
@@ -54,11 +62,11 @@ class Ranks:
         self._meetings += 1
         return self._hear(self._store, self._meetings, text)
 
-    def each(self, call: Callable[[], T], *, together: bool = True) -> T:
+    def each(self, call: Callable[[], T], *, setting_up: bool = False, together: bool = True) -> T:
         """What ``call`` gives here, once it has come back on every rank. It may call nothing of this object.
 
         Where it fails on some ranks alone, and has collectives (``together``), the others may be out of step from then
-        on: the run ends on all of them.
+        on: the run ends on all of them. ``setting_up``: it is no work of AGC, and what failed says so.
 
         Raises:
             Failed: on every rank, where it raised on any.
@@ -66,23 +74,23 @@ class Ranks:
         self._meetings += 1
         meeting, turn = self._meetings, Lock()  # taken for good by the thread that speaks for this rank
         over = Event()
-        watcher = Thread(target=self._watch, args=(meeting, turn, over), daemon=True)
+        watcher = Thread(target=self._watch, args=(meeting, turn, over, setting_up), daemon=True)
         watcher.start()
         result, said = None, ""
         try:
             result = call()
         except (Exception, SystemExit) as error:
-            said = f"{type(error).__name__}: {error}"
+            said = str(error) if isinstance(error, NotSetUp) else f"{type(error).__name__}: {error}"
             self._store.compare_set(f"{meeting}/failed", "", str(self.rank))  # the first alone
         turn.acquire()
         over.set()
         watcher.join()  # a thread inside of the store while Python ends would abort the process
         texts = self._hear(self._store, meeting, said)
         if any(texts):
-            self._fail(self._store, meeting, texts, together)
+            self._fail(self._store, meeting, texts, setting_up, together)
         return result  # type: ignore[return-value]
 
-    def _watch(self, meeting: int, turn: Lock, over: Event) -> None:
+    def _watch(self, meeting: int, turn: Lock, over: Event, setting_up: bool) -> None:
         """Speaks for this rank where it does not come back from ``each`` though another failed there."""
         left = GRACE
         while not turn.locked():
@@ -90,7 +98,7 @@ class Ranks:
             if left < GRACE or self._watched.check([f"{meeting}/failed"]):
                 left -= 0.2
             if left <= 0 and turn.acquire(blocking=False):
-                self._fail(self._watched, meeting, self._hear(self._watched, meeting, STUCK), True)
+                self._fail(self._watched, meeting, self._hear(self._watched, meeting, STUCK), setting_up, True)
 
     def _hear(self, store: TCPStore, meeting: int, text: str) -> list[str]:
         def word(rank: int) -> str:
@@ -102,9 +110,9 @@ class Ranks:
         store.set(f"{meeting}/{self.rank}", text)
         return [word(rank) for rank in range(self.size)]
 
-    def _fail(self, store: TCPStore, meeting: int, texts: list[str], together: bool) -> NoReturn:
+    def _fail(self, store: TCPStore, meeting: int, texts: list[str], setting_up: bool, together: bool) -> NoReturn:
         any_rank = next(rank for rank, text in enumerate(texts) if text)
-        error = Failed(texts, int(store.compare_set(f"{meeting}/failed", "", str(any_rank))))
+        error = Failed(texts, int(store.compare_set(f"{meeting}/failed", "", str(any_rank))), setting_up)
         if STUCK not in texts and (error.everywhere or not together):
             raise error
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,8 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
 from torch.optim import Optimizer
+
+from ..model.names import entries
 
 Cut = Callable[[nn.Module, DeviceMesh], object]  # makes a module tensor parallel over a mesh of one dim, in place
 Units = Sequence[nn.Module]  # modules that FSDP gathers by themselves, inner ones first; the rest is one more
@@ -35,6 +37,22 @@ def mesh(**sizes: int) -> DeviceMesh:
 def two_copies() -> DeviceMesh:
     """Two halves of the ranks, each of which holds a whole model."""
     return mesh(replicate=2, shard=dist.get_world_size() // 2)
+
+
+def average_gradients(model: nn.Module) -> None:
+    """Over ranks that each have the whole model and data of their own, where no framework does it.
+
+    A rank without some gradient counts as one whose gradient is zero.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    anywhere = torch.tensor([p.grad is not None for p in trained], dtype=torch.int32, device=device())
+    dist.all_reduce(anywhere)
+    for parameter, ranks in zip(trained, anywhere.tolist(), strict=True):
+        if ranks:
+            grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.to_dense()
+            total = grad.contiguous() / dist.get_world_size()
+            dist.all_reduce(total)
+            parameter.grad = torch.empty_like(parameter).copy_(total)
 
 
 def ddp(model: nn.Module, **options: Any) -> nn.Module:
@@ -110,6 +128,32 @@ def zero(model: nn.Module, stage: int, optimizer: Optimizer) -> Any:
         "steps_per_print": 2**31,
     }
     return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+
+
+def layers(model: nn.Module) -> list[nn.Module]:
+    """What one shards by itself: the layers in the outermost lists of them, else the first half of the children.
+
+    What holds no parameter, cannot be called, or shares a parameter with some other place stays with the rest.
+    """
+    children = list(model.children())
+    found = list(_listed(model)) or [child for child in children[: len(children) // 2] if _runs(child)]
+    tied = {id(entry.tensor) for entry in entries(model) if len(entry.names) > 1}
+    owned = [(layer, {id(p) for p in layer.parameters()}) for layer in found]
+    return [layer for layer, parameters in owned if parameters and not parameters & tied]
+
+
+def _listed(module: nn.Module) -> Iterator[nn.Module]:
+    is_list = not module._parameters and all(name.isdigit() for name in module._modules)
+    for child in module.children():
+        if is_list and _runs(child):
+            yield child
+        else:
+            yield from _listed(child)
+
+
+def _runs(module: nn.Module) -> bool:
+    """Whether it has a forward, which a ModuleList has not."""
+    return type(module).forward is not nn.Module.forward
 
 
 def numbered(model: nn.Module) -> list[nn.Module]:

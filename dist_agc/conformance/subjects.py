@@ -11,33 +11,42 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..attach import attach
-from ..clipper import Clipper, held
+from ..clipper import Clipper
 from ..config import AGCConfig
 from ..engine.plan import AxisPlan
 from ..frameworks import deepspeed
 from ..frameworks.base import is_a
+from ..held import held
 from ..model.names import entries
 from ..stats import ClipStats
+from . import sharding
 from .counting import Operations
+from .losses import Loss
+from .ranks import NotSetUp
 
 Tensors = dict[str, Tensor]
-Loss = Callable[[nn.Module], Tensor]
 
 
 class Subject:
     """A sharded model whose gradients lie on its parameters: everything but DeepSpeed.
 
     ``loss`` runs the forward pass; without one, gradients are noise, spread as the layout spreads the parameters.
+    ``averages``: nothing else averages the gradients of the ranks.
     """
 
-    def __init__(self, model: Any, loss: Loss | None = None) -> None:
-        self.model, self.loss = model, loss
+    def __init__(self, model: Any, loss: Loss | None = None, averages: bool = False) -> None:
+        self.model, self.loss, self.averages = model, loss, averages
         self.clipper: Clipper | None = None
+
+    def rehearse(self) -> None:
+        """Do without AGC what `clip` does around it, so that what fails there is not taken for AGC's fault."""
 
     def backward(self) -> None:
         self.model.zero_grad()
         if self.loss is not None:
             self.loss(self.model).backward()
+            if self.averages:
+                sharding.average_gradients(self.model)
             return
         for parameter, _ in self.held():
             parameter.grad = _noise_like(parameter)
@@ -106,6 +115,18 @@ class ZeroSubject(Subject):
         self._kept: list[tuple[Tensor, Tensor | None]] = []
         self._axes: list[AxisPlan] = []
 
+    def rehearse(self) -> None:
+        reached: list[Any] = []
+        hooks = [one.register_step_pre_hook(lambda one, *_: reached.append(one)) for one in self._optimizers]
+        self.backward()
+        self._step()
+        for hook in hooks:
+            hook.remove()
+        if not reached:
+            raise NotSetUp(
+                "a step does not come to its optimizer: is gradient_accumulation_steps 1? do gradients overflow?"
+            )
+
     def backward(self) -> None:
         if self.loss is not None:
             self.model.backward(self.loss(self.model))
@@ -133,11 +154,7 @@ class ZeroSubject(Subject):
         self.clipper = hook.clipper
         hook.clipper.clip = partial(self._watched, hook.clipper.clip)  # the hook calls it in an optimizer's step
         self._step()
-        if not hook.stats:
-            raise ValueError(
-                "the engine's step did not come to its optimizer: expected finite gradients and a "
-                "gradient_accumulation_steps of 1."
-            )
+        assert hook.stats, "the rehearsal came to the optimizer"
         return hook.stats
 
     def hand_over(self, clip: Callable[[list[Tensor]], None]) -> None:
