@@ -11,8 +11,10 @@ import click
 import pytest
 import typer
 
+import browser
 import dist_agc
 from dist_agc import cli
+from dist_agc.cli.examples import EXAMPLES
 
 ROOT = Path(__file__).parents[1]
 PACKAGE, DOCS = ROOT / "dist_agc", ROOT / "docs"
@@ -95,6 +97,47 @@ def test_documented_options_are_those_of_the_command(name: str) -> None:
     real = {option for p in parameters for option in (*p.opts, *p.secondary_opts) if option.startswith("--")}
     rows = re.findall(r"^\| (`--.*?) \|", sections("cli.md")[f"dist-agc {name}"], re.MULTILINE)
     assert {option for row in rows for option in re.findall(r"`(--[\w-]+)`", row)} == real
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_documented_examples_are_those_of_the_help(name: str) -> None:
+    lines = re.findall(r"^(?:dist-agc|torchrun|mpirun) .*", sections("cli.md")[f"dist-agc {name}"], re.MULTILINE)
+    assert dict(re.split(r" +# ", line, maxsplit=1) for line in lines) == EXAMPLES[name]
+
+
+# ------------------------------------------------------------------------------------------------------------- figures
+
+
+FIGURES = [path.name for path in sorted(DOCS.glob("*.svg"))]
+# Narrow, usual, wide; one that is wider than any.
+FONTS = ("Liberation Sans", "DejaVu Sans", "monospace", "monospace; letter-spacing: 3px")
+PROBE = """[...document.querySelectorAll('text')].map(text => {
+    const of = text.getBoundingClientRect(), middle = (of.left + of.right) / 2;
+    const rects = [...document.querySelectorAll('svg, rect')].map(r => r.getBoundingClientRect())
+        .filter(r => r.left < middle && middle < r.right && r.top < of.top + 8 && of.top + 8 < r.bottom);
+    const free = text.cloneNode(true);
+    free.removeAttribute('textLength');
+    text.after(free);
+    const natural = free.getComputedTextLength();
+    free.remove();
+    return {words: text.textContent, length: Number(text.getAttribute('textLength')), natural,
+            out: rects.some(r => of.left < r.left || of.right > r.right)};
+})"""
+
+
+def test_figures_keep_their_text_inside_with_any_font(tmp_path: Path) -> None:
+    """Every text has a textLength, so that no font makes it longer; it is about as long as it is by itself."""
+    drawn = [(name, font) for name in FIGURES for font in FONTS]
+    pages = [
+        f"<!doctype html><style>svg text {{ font-family: {font} }}</style>{(DOCS / name).read_text()}"
+        for name, font in drawn
+    ]
+    for (name, font), texts in zip(drawn, browser.look(pages, PROBE, tmp_path), strict=True):
+        assert texts, name
+        assert [text["words"] for text in texts if text["out"]] == [], f"{name} in {font}: leaves its box"
+        if font in FONTS[:2]:
+            off = {t["words"]: round(t["natural"]) for t in texts if not 0.75 < t["length"] / t["natural"] < 1.33}
+            assert off == {}, f"{name} in {font}: give these texts about this textLength, and lengthAdjust"
 
 
 # ----------------------------------------------------------------------------------------------------------------- API

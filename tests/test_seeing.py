@@ -1,11 +1,8 @@
 """What people look at: ratios(), last_linear(), `dist-agc report` in a real browser, `dist-agc advise`."""
 
-import html
 import json
 import logging
 import re
-import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +11,11 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
+import browser
 import dist_agc
 import dist_agc.cli
 import oracle
 from helpers import median_threshold, noisy_grads, storages
-
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 def network() -> nn.Sequential:
@@ -41,7 +37,7 @@ def run(path: Path, threshold: float, *, steps: int = 12, dry_run: bool = False)
             loss.backward()
             line: dict[str, Any] = {"step": step, "run": f"at {threshold}", "loss": loss.item()}
             if step == 1:
-                line["settings"] = {"clipping_threshold": threshold, "exclude": exclude}
+                line["settings"] = {"clipping_threshold": threshold, "exclude": exclude, "dry_run": dry_run}
             if step % 4 == 0:
                 line |= dist_agc.ratios(hook.clipper).as_dict()
             optimizer.step()
@@ -145,51 +141,122 @@ def test_last_linear_of_wrapped_odd_and_impossible_models() -> None:
 # ------------------------------------------------------------------------------------------------------------- report
 
 
-PROBE = """<script>addEventListener('load', () => parent.document.title = JSON.stringify({
+PROBE = """({
     wide: document.documentElement.scrollWidth, window: window.innerWidth,
     charts: [...document.querySelectorAll('svg')].map(s => s.getBoundingClientRect().width > 200 &&
                                                            s.getBoundingClientRect().height > 60),
-    cut: [...document.querySelectorAll('svg text')].filter(t => {
+    outside: [...document.querySelectorAll('svg text')].filter(t => {
         const box = t.getBoundingClientRect(), svg = t.ownerSVGElement.getBoundingClientRect();
         return box.left < svg.left - 1 || box.right > svg.right + 1;
     }).map(t => t.textContent),
-    smallest: Math.min(...[...document.querySelectorAll('svg text, td')].map(t => t.getBoundingClientRect().height)),
-    text: document.body.innerText}))</script>"""
+    cut: [...document.querySelectorAll('h1, h2, p, div, td, th')].filter(e => e.scrollWidth > e.clientWidth + 1)
+                                                                .map(e => e.textContent),
+    smallest: Math.min(...[...document.querySelectorAll('svg text, td')].map(t => t.getBoundingClientRect().height)
+                                                                        .filter(height => height > 0)),
+    lines: [...document.querySelectorAll('code')].map(name => {
+        const lines = [], range = document.createRange();
+        for (const node of name.childNodes) for (let i = 0; i < node.length; i++) {
+            range.setStart(node, i), range.setEnd(node, i + 1);
+            const top = range.getBoundingClientRect().top;
+            if (!lines.length || lines.at(-1).top != top) lines.push({top, text: ''});
+            lines.at(-1).text += node.data[i];
+        }
+        return lines.map(line => line.text);
+    }),
+    text: document.body.innerText})"""
+FONTS = (
+    "Liberation Sans Narrow, sans-serif",
+    "monospace; letter-spacing: 3px",
+)  # narrower, wider than those of readers
+
+
+def styled(page: str, font: str) -> str:
+    """With another font in its figures, as a reader may have it."""
+    return page.replace("</style>", f"svg, svg * {{ font-family: {font} }}</style>", 1).replace(
+        "font-family: 'D", "x: 'D"
+    )
 
 
 @pytest.mark.parametrize("width", [1280, 375], ids=["desktop", "phone"])
 def test_report_in_a_browser(width: int, tmp_path: Path) -> None:
-    if BROWSER is None:
-        pytest.skip("no browser here: install chromium")
     first, second = run(tmp_path / "first.jsonl", 0.02), run(tmp_path / "second.jsonl", 0.5)
     page = tmp_path / "report.html"
     cli("report", first, second, "--out", page)
     text = page.read_text()
     assert "http:" not in text.replace("http://www.w3.org/", "") and "https:" not in text  # loads nothing
-    # In a frame, because no window of headless Chromium is as narrow as a phone.
-    framed = html.escape(text.replace("</main>", f"</main>{PROBE}"))
-    frame = (
-        f'<title>nothing</title><iframe style="border: 0; width: {width}px; height: 800px" srcdoc="{framed}"></iframe>'
-    )
-    (tmp_path / "framed.html").write_text(f"<!doctype html>{frame}")
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync"]
-    flags += ["--disable-component-update", f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1400,900"]
-    dom = subprocess.run(
-        [BROWSER, *flags, "--dump-dom", (tmp_path / "framed.html").as_uri()],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    ).stdout
-    start = dom.index("<title>") + len("<title>")
-    seen = json.loads(html.unescape(dom[start : dom.index("</title>")]))
-    assert seen["window"] == width
-    assert seen["wide"] <= width, "the page scrolls sideways"
-    # four lines over time, the histogram, a heat map of each run
-    assert seen["charts"] == [True] * 7
-    assert seen["cut"] == [] and seen["smallest"] >= 8  # pixels
-    for words in ("at 0.02", "at 0.5", "0.weight", "Clipped most", "clipping_threshold", "['6.*']"):
-        assert words in seen["text"], words
+    for seen in browser.look([text, *(styled(text, font) for font in FONTS)], PROBE, tmp_path, width=width):
+        assert seen["window"] == width
+        assert seen["wide"] <= width, "the page scrolls sideways"
+        # four lines over time, the histogram, a heat map of each run
+        assert seen["charts"] == [True] * 7
+        assert (seen["outside"], seen["cut"]) == ([], []) and seen["smallest"] >= 8  # pixels
+        for words in ("at 0.02", "at 0.5", "0.weight", "Clipped most", "clipping_threshold", "['6.*']"):
+            assert words in seen["text"], words
     assert "threshold 0.5" in text  # in the histogram
+    assert "would" not in text, "neither run was dry"
+
+
+# As transformers and people name things.
+LONG = [
+    "model.language_model.layers.10.self_attn.k_proj.weight",
+    "model.language_model.layers.10.mlp.experts.down_proj_blocks_scales.weight",
+    "model.language_model.layers.10.post_attention_layernorm.weight",
+]
+
+
+def test_long_names_are_whole_and_break_between_words(tmp_path: Path) -> None:
+    path = tmp_path / "a_run_with_a_name_that_is_longer_than_a_line_of_a_phone.jsonl"
+    line = {"step": 1, "agc/units": 1.2e9, "agc/clip_fraction": 0.5, "agc/grad_norm": 1234567.0, "loss": 12345.0}
+    line |= {f"agc/{what}/{name}": 0.123456 for what in ("clip_fraction", "grad_norm") for name in LONG}
+    line |= {"settings": {"clipping_threshold": 1.25, "units": {LONG[1]: [0, 1]}}}
+    other = line | {"run": "another_run_with_a_long_name_beside_it"}
+    ratios = {"agc/ratios": {"thresholds": [0.5, 1.0], "parameters": {name: [9, 5, 1] for name in LONG}}}
+    path.write_text("\n".join(json.dumps(line | ratios | {"step": step}) for step in (1, 2_000_000)) + "\n")
+    (tmp_path / "other.jsonl").write_text(json.dumps(other) + "\n")
+    cli("report", path, tmp_path / "other.jsonl", "--out", tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text()
+    assert "…" not in text
+    for width in (1280, 375):
+        (seen,) = browser.look([text], PROBE, tmp_path, width=width)
+        assert (seen["outside"], seen["cut"]) == ([], []) and seen["wide"] <= width
+        assert sorted("".join(lines) for lines in seen["lines"]) == sorted(2 * LONG)
+        for lines in seen["lines"]:
+            assert all(part.endswith(".") for part in lines[:-1]), lines
+    names = re.sub(r"</text>\s*<text[^>]*>", "", text[text.index("<svg") :])
+    for name in LONG:  # in the heat maps
+        assert f">{name}<" in names
+
+
+def test_a_dry_run_says_what_it_would_clip(tmp_path: Path) -> None:
+    wet, dry = run(tmp_path / "wet.jsonl", 0.5), run(tmp_path / "dry.jsonl", 0.02, dry_run=True)
+    cli("report", dry, wet)
+    text = dry.with_suffix(".html").read_text().replace("<wbr>", "")
+    for words in (
+        "Dry: at 0.02 measured what AGC would clip, and clipped nothing.",
+        "<h2>Share of units clipped (in dry runs: would be clipped)</h2>",
+        "<h2>Share of units that would be clipped, by parameter: at 0.02</h2>",
+        "<h2>Would be clipped most: at 0.02</h2>",
+        "<h2>Clipped most: at 0.5</h2>",
+    ):
+        assert words in text, words
+    assert text.count("<td>would clip ") == 1
+    assert "at 0.02, a dry run: 3 steps measured" in cli("advise", dry)
+
+
+@pytest.mark.parametrize(
+    ("lines", "dry"),
+    [
+        ([{"settings": {"dry_run": True}}, {"agc/units": 1}], True),
+        ([{"agc/units": 1}], False),
+        ([{"agc/units": 1, "agc/dry_run": 1.0}, {"evaluation": 1}], True),
+        ([{"agc/units": 1, "agc/dry_run": 1.0}, {"agc/units": 1, "agc/dry_run": 0.0}], False),
+        ([{"settings": {"dry_run": True}}, {"agc/units": 1}, {"settings": {"dry_run": False}, "agc/units": 1}], False),
+    ],
+)
+def test_what_a_log_says_of_a_dry_run(lines: list[dict[str, Any]], dry: bool) -> None:
+    from dist_agc.cli.runs import Run
+
+    assert Run("run", [{"step": i} | line for i, line in enumerate(lines)]).dry == dry
 
 
 def test_report_of_little(tmp_path: Path) -> None:
@@ -321,3 +388,38 @@ def test_advise_says_what_is_missing(tmp_path: Path) -> None:
     path = tmp_path / "run.jsonl"
     path.write_text('{"step": 1, "agc/clip_fraction": 0.5}\n')
     assert "dist_agc.ratios(model)" in cli("advise", path, fails=True)
+
+
+@pytest.mark.parametrize(
+    ("of_units", "batch_size", "threshold", "why"),
+    [
+        (
+            [0.5, 0.2, 0.05],
+            2048,
+            0.01,
+            "it would clip 50.0% of the units of this run. For such batches 0.01 was published.",
+        ),
+        ([0.9, 0.7, 0.05], 2048, 0.16, "0.01 was published, but 0.01 would clip 90.0%: nearly all."),
+        ([0.4, 0.02, 0.001], 128, 0.08, "0.16 or more was published, but 0.16 would clip 0.1%: hardly any."),
+        ([0.9, 0.8, 0.7], 512, 0.16, "That is nearly all: count larger thresholds"),
+        ([0.002, 0.001, 0.0], 512, 0.01, "That is hardly any: AGC may do nothing for this run."),
+        ([0.4, 0.12, 0.02], None, 0.08, "a threshold should clip some, not most. --batch-size sets it beside"),
+        ([0.9, 0.0, 0.0], None, 0.08, "hardly any"),
+    ],
+)
+def test_advise_names_a_threshold_to_start_with(
+    of_units: list[float], batch_size: int | None, threshold: float, why: str
+) -> None:
+    from dist_agc.cli.advise import start
+
+    measured = [(value, share, 1.0) for value, share in zip((0.01, 0.08, 0.16), of_units, strict=True)]
+    chosen, said = start(measured, batch_size)
+    assert chosen == threshold and why in said
+
+
+def test_advise_ends_with_the_start_and_the_reason(tmp_path: Path) -> None:
+    first, second = (run(tmp_path / f"{name}.jsonl", value, dry_run=True) for name, value in (("a", 0.02), ("b", 0.03)))
+    said = cli("advise", first, "--batch-size", 128)
+    assert re.search(r"Start with [\d.]+: it would clip [\d.]+% of the units of this run\.", said)
+    both = cli("advise", first, second)
+    assert "at 0.02: start with " in both and "at 0.03: start with " in both

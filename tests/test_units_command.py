@@ -99,6 +99,10 @@ def no_model():
     return 3
 
 
+def batch():
+    return nn.Sequential(nn.Linear(5, 3), nn.Linear(3, 2)), torch.ones(7, 5)
+
+
 def lazy():
     return nn.LazyLinear(3)
 '''
@@ -174,14 +178,6 @@ def test_a_terminal_gets_no_line_that_is_too_long(columns: int, monkeypatch: pyt
     assert "…" not in text and ("leaves (0, 1)" in text) and "6×4×5 as 2×3×4×5" in text and "layers.*.scale" in text
 
 
-def test_names_break_at_dots() -> None:
-    from dist_agc.cli.units import _folded
-
-    assert _folded("model.layers.*.weight", 30) == "model.layers.*.weight"
-    assert _folded("model.layers.*.weight", 16) == "model.layers.*.\n    weight"
-    assert _folded("weight_and_bias", 9) == "weight_an\n    d_bia\n    s", "and anywhere where there is none"
-
-
 def test_a_pipe_gets_a_row_a_line() -> None:
     assert line(run("units_models:net"), "layers.*.scale")[-1] == "2"
     text = run("units_models:net", "--observe", exit_code=1)
@@ -226,6 +222,7 @@ def test_what_is_said_settles_it() -> None:
     text = run("units_models:net", "--observe", "--units", "layers.*.w1=0,1", "--units", "layers.*.w2=0,1")
     assert "DISAGREES" not in text and "7 seen in products, of which 0 disagree." in text
     assert "0 disagree" in run("units_models:right", "--observe")
+    assert "2 seen in products, of which 0 disagree" in run("units_models:batch", "--observe")
 
 
 def test_a_layer_of_torch_is_not_registered_for_good() -> None:
@@ -246,7 +243,7 @@ def test_products_are_seen_on_meta_too() -> None:
         (["tall", "--observe"], "must return (module, loss)"),
         (["values"], "fails on the meta device, where tensors have no values. Try --device cpu"),
         (["missing"], "No module named 'no_such_module'"),
-        (["no_model"], "must return a module or (module, loss), got int"),
+        (["no_model"], "must return a module, (module, loss) or (module, batch), got int"),
         (["nothing"], "cannot be loaded"),
         (["lazy"], "has no shape yet: run one forward pass"),
         (["net", "--device", "cuda"], "'cuda' is not one of meta, cpu"),

@@ -1,15 +1,20 @@
 """The command `dist-agc`.
 
 One module per subcommand: `dist_agc/cli/NAME.py` holds a function `command` whose signature is its options and whose
-docstring is its help; NAME goes into `COMMANDS`. A module is imported when its command, or the list of all, is asked
-for; what is heavy in it is imported inside its functions.
+docstring is its help; NAME goes into `COMMANDS`, and what its help shows to be pasted into `examples.py`. A module is
+imported when its command, or the list of all, is asked for; what is heavy in it is imported inside its functions.
 """
 
 from __future__ import annotations
 
+import platform
 from importlib import import_module
 
-from ..lab.console import SETTINGS, application, require
+import torch
+
+from .. import __version__
+from ..lab.console import SETTINGS, application, pasteable, require
+from .examples import EXAMPLES, MAIN
 
 # By name, the module. The demo has a room of its own: it needs tasks to train, the others take a user's model.
 COMMANDS = {"demo": "..lab.demo"} | {
@@ -36,12 +41,19 @@ def build():
             if cmd_name not in COMMANDS:
                 return None
             command = import_module(COMMANDS[cmd_name], __name__).command
-            return typer.main.get_command(application(cmd_name, command))
+            return typer.main.get_command(application(cmd_name, command, EXAMPLES[cmd_name]))
+
+    def say_version(wanted: bool) -> None:
+        if wanted:
+            typer.echo(f"dist-agc {__version__}, torch {torch.__version__}, Python {platform.python_version()}")
+            raise typer.Exit
 
     app = typer.Typer(cls=Commands, no_args_is_help=True, **SETTINGS)
 
-    @app.callback()
-    def dist_agc() -> None:
-        """Adaptive Gradient Clipping for sharded PyTorch models. Start here: [bold]dist-agc demo[/bold]"""
+    @app.callback(epilog=pasteable(MAIN))
+    def dist_agc(
+        version: bool = typer.Option(False, "--version", is_eager=True, callback=say_version, help="Print versions."),
+    ) -> None:
+        """Adaptive Gradient Clipping for sharded PyTorch models."""
 
     return app

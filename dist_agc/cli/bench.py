@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 from typer import BadParameter, Exit, Option
 
 from ..lab.console import launch, require
+from .tables import Columns, of_records, short, show, table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -20,15 +21,15 @@ if TYPE_CHECKING:
     from ..lab.timing import Method
 
 # By heading: see `Columns`.
-COLUMNS = {
-    "": ("method", 1, ""),
-    "ms": ("ms", 1, ".2f"),
-    "/ norm": ("to_norm_clip", 1, ".2f"),
-    "/ floor": ("to_floor", 1, ".2f"),
-    "ops": ("operations", 1, ",.0f"),
-    "sends": ("collectives", 1, ".0f"),
-    "kB": ("bytes", 1e3, ",.1f"),
-    "MB": ("peak_extra_bytes", 1e6, ".2f"),
+COLUMNS: Columns = {
+    "": ("method", str),
+    "ms": ("ms", "{:.2f}".format),
+    "/ norm": ("to_norm_clip", "{:.2f}".format),
+    "/ floor": ("to_floor", "{:.2f}".format),
+    "ops": ("operations", short),
+    "sends": ("collectives", "{:.0f}".format),
+    "sent": ("bytes", short),
+    "memory": ("peak_extra_bytes", short),
 }
 LAYOUTS = ("plain", "ddp", "fsdp1", "fsdp2", "hsdp", "tp+fsdp2", "zero1", "zero2", "zero3")
 
@@ -45,7 +46,7 @@ def command(
     cpu_kernel: Annotated[
         bool, Option("--cpu-kernel", help="Time cpu_kernel=True as well; needs a C++ compiler.")
     ] = False,
-    growth: Annotated[bool, Option(help="Time against elements, tensors and ranks instead.")] = False,
+    growth: Annotated[bool, Option("--growth", help="Time against elements, tensors and ranks instead.")] = False,
     scale: Annotated[float, Option(min=0, help="With --growth: times the usual sizes.")] = 1.0,
     as_json: Annotated[bool, Option("--json", help="Print JSON instead of tables.")] = False,
     out: Annotated[Path, Option(help="Folder for the chart.", file_okay=False)] = Path("runs/bench"),
@@ -55,16 +56,6 @@ def command(
     Weights and gradients are made up, so that exactly the given share of units is clipped; nothing is trained. All
     methods run in turn in every round, from the same gradients, and ratios are medians over rounds. With zero1, zero2
     and zero3 it is engine.step() of DeepSpeed that is timed, against the same with its own gradient_clipping.
-
-    [bold]Examples[/bold]
-
-    \b
-    dist-agc bench                                          # GPT-2 small, in one process
-    dist-agc bench --model resnet50 --layout fsdp2 --nproc 2
-    dist-agc bench --cpu-kernel                             # what a kernel in C++ gains on this machine
-    dist-agc bench --layout zero2 --nproc 2
-    dist-agc bench --model mypackage.models:make_model --clipped 0.1
-    dist-agc bench --growth
     """
     require("cli", "matplotlib")
     if layout not in LAYOUTS:
@@ -78,10 +69,9 @@ def command(
     import torch
 
     from ..engine import row_norms
-    from ..lab import charts, growing
+    from ..lab import charts
     from ..lab.console import display
     from ..lab.contenders import FLOOR
-    from .tables import of_records
 
     if cpu_kernel:
         try:
@@ -92,8 +82,7 @@ def command(
         torch.set_num_threads(threads)
     out.mkdir(parents=True, exist_ok=True)
     if growth:
-        growing.show(out / "growth.png", scale, as_json, display.console(here))
-        return
+        return _growth(out / "growth.png", scale, as_json, display.console(here))
     with launch.process_group(here) if here is not None else nullcontext():
         rank, size = (here.rank, here.size) if here is not None else (0, 1)
         shown = display.console(here, stderr=True)
@@ -115,18 +104,19 @@ def command(
     console = display.console(here)
     console.print(f"[bold]{title}[/bold]\n[dim]{machine}[/dim]")
     for share, rows in records.items():
-        console.print(of_records(f"{share:.0%} of units clipped", COLUMNS, rows))
+        show(console, of_records(f"{share:.0%} of units clipped", COLUMNS, rows))
     for row in next(iter(records.values())):
         if "unavailable" in row:
             console.print(f"[dim]{row['method']}: {row['unavailable']}[/dim]")
     console.print(
         "ms: median. / norm and / floor: times that of clipping by the norm of all gradients and of reading W and G "
         "once, in the same round. Every 10: means over 10 calls, of which one measures weights. Kernel: with "
-        "cpu_kernel=True. Ops: dispatched, without views and the kernel's own. Sends: collectives, and the kB given to "
-        "them. MB: the most memory beyond what there was, as torch's profiler sees it.",
+        "cpu_kernel=True. Ops: dispatched, without views and the kernel's own. Sends: collectives; sent: the bytes "
+        "given to them. Memory: the most bytes beyond what there was, as torch's profiler sees it. k, M, G: thousand, "
+        "million, billion.",
         style="dim",
     )
-    console.print(f"Chart: {path}")
+    console.print(f"Chart: {path}", soft_wrap=True)  # a path that is cut cannot be copied
 
 
 def _run(model: str, layout: str, share: float, rounds: int, cpu_kernel: bool, console: Console) -> list[Method]:
@@ -152,3 +142,19 @@ def _run(model: str, layout: str, share: float, rounds: int, cpu_kernel: bool, c
     with display.work(console, f"{share:.0%} of units clipped", rounds + 2) as advance:
         timing.time_together(found, rounds, advance)
     return found
+
+
+def _growth(path: Path, scale: float, as_json: bool, console: Console) -> None:
+    from ..lab import charts, growing
+
+    found = growing.curves(scale)
+    charts.growth(found, path)
+    if as_json:
+        print(json.dumps([{"against": c.against, "what": c.what, "points": c.points, "power": c.power} for c in found]))
+        return
+    rows = []
+    for curve in found:
+        ends = [f"{short(size)}: {1e3 * seconds:.2g} ms" for size, seconds in (curve.points[0], curve.points[-1])]
+        rows.append([f"{curve.what} against {curve.against}", f"{curve.power:.2f}", *ends])
+    show(console, table("CPU time grows with a power of the size; 1 is linear", ["", "power", "from", "to"], rows))
+    console.print(f"Chart: {path}", soft_wrap=True)

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import io
 import math
+import re
 from collections.abc import Sequence
+from html import unescape
 from itertools import cycle
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..lab.console.plots import COLOURS, FAINT, dress, figure, log_axis, percent_axis
+from ..lab.console.plots import COLOURS, FAINT, INK, dress, figure, log_axis, percent_axis
 from .runs import PER_PARAMETER, Run
+from .tables import folded
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 POINTS, COLUMNS, ROWS = 400, 200, 60  # drawn at most
+NAME = 58  # characters that fit above a row
 T = TypeVar("T")
 
 
@@ -43,22 +47,33 @@ def lines(runs: Sequence[Run], key: str, *, log: bool = False) -> str:
 
 
 def heat_map(run: Run) -> str:
-    """Clip fraction over the steps of every parameter, or of the `ROWS` that are clipped most. The run has some."""
+    """Clip fraction over the steps of every parameter, or of the `ROWS` that are clipped most. The run has some.
+
+    A name stands above its row: beside it, in so narrow a figure, there would be no room for either.
+    """
     most = run.most_clipped(ROWS)
     series = {name: dict(run.series(PER_PARAMETER + name)) for name in run.parameters() if name in most}
     steps = sorted({step for values in series.values() for step in values})
     groups = _groups(steps, COLUMNS)
-    cells = [
-        [fmean(found) if (found := [values[s] for s in group if s in values]) else math.nan for group in groups]
-        for values in series.values()
-    ]
-    made, axes = _panel(0.7 + 0.13 * len(series), "step")
+    labels = [folded(name, NAME).replace(" ", "") for name in series]
+    lines = max(label.count("\n") for label in labels) + 1
+    cells: list[list[float]] = []
+    for values in series.values():
+        cells += [[math.nan] * len(groups)] * lines
+        means = ([values[s] for s in group if s in values] for group in groups)
+        cells.append([fmean(found) if found else math.nan for found in means])
+    height = 0.9 + 0.14 * len(cells)
+    made, axes = _panel(height, "step")
     half = (steps[-1] - steps[0]) / max(1, len(groups) - 1) / 2 or 0.5
-    extent = (steps[0] - half, steps[-1] + half, len(series) - 0.5, -0.5)
+    extent = (steps[0] - half, steps[-1] + half, len(cells) - 0.5, -0.5)
     image = axes.imshow(cells, cmap="YlOrRd", aspect="auto", interpolation="nearest", vmin=0, vmax=1, extent=extent)
-    axes.set_yticks(range(len(series)), [_shortened(name) for name in series], fontsize=7)
+    for i, label in enumerate(labels, start=1):
+        axes.text(extent[0], i * (lines + 1) - 1.6, label, fontsize=7, linespacing=1.15, va="bottom", color=INK)
+    axes.set_yticks([])
+    axes.spines["left"].set_visible(False)
     axes.grid(False)
-    bar = made.colorbar(image, ax=axes, ticks=[0, 0.5, 1], fraction=0.05, pad=0.02, format="{x:.0%}")
+    above: dict[str, Any] = {"location": "top", "fraction": 0.1 / height, "pad": 0.1 / height, "aspect": 30}
+    bar = made.colorbar(image, ax=axes, ticks=[0, 0.5, 1], format="{x:.0%}", shrink=0.9, **above)
     bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
     bar.ax.tick_params(labelsize=7, colors=FAINT)
     return _svg(made)
@@ -69,25 +84,24 @@ def histogram(runs: Sequence[Run]) -> str:
     found = [(run, run.ratios(), colour) for run, colour in zip(runs, cycle(COLOURS)) if run.ratios().parameters]
     if not found:
         return ""
-    made, axes = _panel(2.1, "gradient norm / weight norm (outermost bars: all beyond)")
+    made, axes = _panel(2.1, "gradient / weight norm; outermost bars: all beyond")
+    every_edge: list[float] = []
     at_the_top: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "va": "top", "fontsize": 8}
     for i, (run, counted, colour) in enumerate(found):
         totals, thresholds = counted.totals(), counted.thresholds
         between = [(a - b) / totals[0] for a, b in zip(totals, [*totals[1:], 0], strict=True)]
         step = thresholds[-1] / thresholds[-2] if len(thresholds) > 1 else 2.0
         edges = [thresholds[0] / step, *thresholds, thresholds[-1] * step]
+        every_edge += edges
         axes.stairs(between, edges, color=colour, fill=True, alpha=0.45)
         if at := run.threshold:
             axes.axvline(at, color=colour, linewidth=1.2, linestyle=(0, (3, 2)))
-            axes.text(1.1 * at, 0.98 - 0.1 * i, f"threshold {at:g}", color=colour, **at_the_top)
-    axes.set_xscale("log")
+            beyond_the_middle = at * at > edges[0] * edges[-1]
+            side, x = ("right", at / 1.1) if beyond_the_middle else ("left", at * 1.1)
+            axes.text(x, 0.98 - 0.1 * i, f"threshold {at:g}", color=colour, ha=side, **at_the_top)
+    log_axis(axes, "x", every_edge)
     percent_axis(axes, decimals=None)
     return _svg(made)
-
-
-def _shortened(name: str) -> str:
-    """The name with its middle left out where it is long: both ends tell most."""
-    return name if len(name) <= 22 else f"{name[:10]}…{name[-11:]}"
 
 
 def _groups(items: list[T], most: int) -> list[list[T]]:
@@ -97,9 +111,13 @@ def _groups(items: list[T], most: int) -> list[list[T]]:
 
 
 def _panel(height: float, label: str) -> tuple[Figure, Axes]:
+    from matplotlib.ticker import MaxNLocator
+
     made = figure(3.6, height)
     axes = made.add_subplot()
     dress(axes, x=label, size=8)
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.6g}")
     return made, axes
 
 
@@ -111,4 +129,18 @@ def _svg(made: Figure) -> str:
     with matplotlib.rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "svg.hashsalt": "dist-agc"}):
         made.savefig(out, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     text = out.getvalue()
-    return text[text.index("<svg") :]
+    return TEXT.sub(_as_laid_out, text[text.index("<svg") :])
+
+
+# In matplotlib's SVG: what is before the end of the tag, the size, the words.
+TEXT = re.compile(r'(<text style="font-size: ([\d.]+)px;[^>]*)>([^<]+)')
+
+
+def _as_laid_out(found: re.Match[str]) -> str:
+    """As wide as the figure has room for, which was measured in one font, whatever font the reader has."""
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import text_to_path
+
+    tag, size, words = found.groups()
+    width, _, _ = text_to_path.get_text_width_height_descent(unescape(words), FontProperties(size=float(size)), False)
+    return f'{tag} textLength="{width:.2f}" lengthAdjust="spacingAndGlyphs">{words}'

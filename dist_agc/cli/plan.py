@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import BadParameter, Option
 
+from .tables import Columns, of_records, short, show
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -91,20 +93,26 @@ def _ring(size: float, ranks: int) -> float:
 
 
 # By heading: see `Columns`.
-COLUMNS = {
-    "layout": ("layout", 1, ""),
-    "world": ("world", 1, ",.0f"),
-    "elements/rank": ("elements_per_rank", 1, ",.0f"),
-    "units": ("units", 1, ",.0f"),
-    "split": ("split_units", 1, ",.0f"),
-    "all-reduces": ("all_reduces", 1, ".0f"),
-    "AGC MB": ("sent_bytes", 1e6, ".3f"),
-    "gradient MB": ("gradient_bytes", 1e6, ",.0f"),
-    "share": ("share", 1, ".4%"),
-    "buffer MB": ("buffer_bytes", 1e6, ".2f"),
-    "kept MB": ("plan_bytes", 1e6, ".2f"),
-    "plan CPU s": ("seconds", 1, ".2f"),
+COLUMNS: Columns = {
+    "layout": ("layout", str),
+    "ranks": ("world", lambda ranks: f"{ranks:,}" if ranks < 100_000 else short(ranks)),
+    "held": ("elements_per_rank", short),
+    "units": ("units", short),
+    "split": ("split_units", short),
+    "sends": ("all_reduces", str),
+    "AGC": ("sent_bytes", short),
+    "grads": ("gradient_bytes", short),
+    "share": ("share", lambda share: "<0.001%" if 0 < share < 1e-5 else f"{100 * share:.2g}%"),
+    "buffer": ("buffer_bytes", short),
+    "kept": ("plan_bytes", short),
+    "CPU s": ("seconds", lambda seconds: f"{seconds:.2f}" if seconds < 10 else short(seconds)),
 }
+LEGEND = (
+    "Held: parameters on one rank. Split: units that are cut between ranks. Sends: all-reduces of a step. AGC, grads: "
+    "bytes that a rank sends in a step, to clip and to reduce gradients. Share: the first of the second. Buffer: bytes "
+    "during the all-reduces. Kept: bytes of the plan and of the norms of local units. CPU s: to plan. k, M, G, T: "
+    "thousand, million, billion, trillion. --json prints exact numbers."
+)
 
 
 def command(
@@ -128,24 +136,13 @@ def command(
 
     FSDP1 is taken to wrap every numbered module ("layers.0"), DeepSpeed to have one parameter group, and tensor
     parallel to cut modules that are named as in Llama or in the preset gpt2-small.
-
-    [bold]Examples[/bold]
-
-    \b
-    dist-agc plan --model llama3-70b                        # every layout, 16,384 ranks
-    dist-agc plan --model llama3-8b --layout fsdp1 --world 64 --world 1024
-    dist-agc plan --model mypackage.models:make_model --layout fsdp2 --world 32
     """
-    from rich.console import Console
-
     from ..config import AGCConfig
     from ..frameworks.virtual import LAYOUTS, World
     from ..lab import shapes
-    from .tables import of_records
+    from ..lab.console import display
 
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = max(console.width, 130)
+    console = display.console(None)
     for name in model or ["llama3-8b"]:
         rows = []
         try:
@@ -162,10 +159,6 @@ def command(
         if as_json:
             print(*map(json.dumps, records), sep="\n")
         else:
-            console.print(of_records(name, COLUMNS, records))
+            show(console, of_records(name, COLUMNS, records))
     if not as_json:
-        console.print(
-            "MB are sent by each rank in a step. Share: AGC's over the gradients'. Buffer: memory during the "
-            "all-reduce. Kept: the plan's tensors and the norms of local units.",
-            style="dim",
-        )
+        console.print(LEGEND, style="dim")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from itertools import cycle
@@ -17,6 +18,7 @@ from ..lab.console.plots import COLOURS
 from . import figures
 from .runs import PER_PARAMETER, Run, is_number, read
 
+WORD = 26  # letters that fit in a line, on a phone too
 WORST = 15  # rows of the table of the parameters clipped most
 
 PAGE = Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"))
@@ -46,7 +48,7 @@ def page(runs: Sequence[Run], title: str) -> str:
     """The whole report: headings and what is below them. Without a figure, its heading is left out too."""
     panels = [
         ("Runs", _summary(runs)),
-        ("Share of units clipped", figures.lines(runs, "agc/clip_fraction")),
+        (f"Share of units {_clipped(runs)}", figures.lines(runs, "agc/clip_fraction")),
         ("Gradient norm before clipping", figures.lines(runs, "agc/grad_norm", log=True)),
         ("Loss", figures.lines(runs, "loss", log=True)),
         ("Largest ratio of gradient to weight norm", figures.lines(runs, "agc/max_ratio", log=True)),
@@ -55,20 +57,35 @@ def page(runs: Sequence[Run], title: str) -> str:
     ratios = figures.histogram(runs) or _note(missing)
     for run in runs:
         if left_out := run.ratios().left_out:
-            ratios += _note(f"{left_out} lines of {escape(run.name)} with other thresholds are left out.")
+            ratios += _note(f"{left_out} lines of {_name(run.name)} with other thresholds are left out.")
     panels.append(("How large are the ratios?", ratios))
     for run in runs:
         if every := len(run.parameters()):
-            some = f"The {figures.ROWS} parameters that are clipped most, of {every}."
+            some = f"The {figures.ROWS} parameters that {'would be' if run.dry else 'are'} clipped most, of {every}."
             heat_map = figures.heat_map(run) + (_note(some) if every > figures.ROWS else "")
-            panels.append((f"Share of units clipped, by parameter: {run.name}", heat_map))
-            panels.append((f"Clipped most: {run.name}", _worst(run)))
+            panels.append((f"Share of units {_clipped([run])}, by parameter: {run.name}", heat_map))
+            panels.append((f"{'Would be clipped' if run.dry else 'Clipped'} most: {run.name}", _worst(run)))
         elif run.values("agc/clip_fraction"):
             hint = "Statistics by parameter are not in this run: write <code>as_dict(per_parameter=True)</code> too."
             panels.append((f"By parameter: {run.name}", _note(hint)))
     panels.append(("Settings", _settings(runs)))
-    sections = [f"<section><h2>{escape(heading)}</h2>{body}</section>" for heading, body in panels if body]
-    return PAGE.substitute(title=escape(f"AGC: {title}"), sections="\n".join(sections))
+    sections = [f"<section><h2>{_name(heading)}</h2>{body}</section>" for heading, body in panels if body]
+    dry = [run.name for run in runs if run.dry]
+    said = _note(f"Dry: {_name(', '.join(dry))} measured what AGC would clip, and clipped nothing.") if dry else ""
+    heading = f"AGC: {title}"
+    return PAGE.substitute(title=escape(heading), heading=_name(heading), dry=said, sections="\n".join(sections))
+
+
+def _clipped(runs: Sequence[Run]) -> str:
+    dry = [run.dry for run in runs]
+    return "that would be clipped" if all(dry) else "clipped (in dry runs: would be clipped)" if any(dry) else "clipped"
+
+
+def _name(text: str) -> str:
+    """Where a line is too short for a name, it breaks after dots, and inside long words after underscores."""
+    words = re.split(r"(?<=[./:])", text)
+    parts = (part for word in words for part in ([word] if len(word) <= WORD else re.split(r"(?<=[_-])", word)))
+    return "<wbr>".join(map(escape, parts))
 
 
 def _note(text: str) -> str:
@@ -76,15 +93,15 @@ def _note(text: str) -> str:
 
 
 def _table(rows: Iterable[Sequence[str]], head: Sequence[str] = ()) -> str:
-    """Cells are HTML already."""
-    first = "".join(f"<th>{escape(cell)}</th>" for cell in head)
+    """Cells are HTML already, those of the head too."""
+    first = "".join(f"<th>{cell}</th>" for cell in head)
     body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
     return f"<div><table>{f'<tr>{first}</tr>' if head else ''}{body}</table></div>"
 
 
 def _summary(runs: Sequence[Run]) -> str:
     """A column a run."""
-    keys = [f'<span style="background:{c}"></span>{escape(r.name)}' for r, c in zip(runs, cycle(COLOURS))]
+    keys = [f'<span style="background:{c}"></span>{_name(r.name)}' for r, c in zip(runs, cycle(COLOURS))]
     return _table([["", *keys], *([heading, *map(cell, runs)] for heading, cell in COMPARED.items())])
 
 
@@ -103,7 +120,7 @@ def _last_loss(run: Run) -> str:
 COMPARED: dict[str, Callable[[Run], str]] = {
     "threshold": lambda run: "–" if run.threshold is None else f"{run.threshold:g}",
     "units": lambda run: _of(max, run.values("agc/units"), ",.0f"),
-    "clipped, mean": lambda run: _of(fmean, run.values("agc/clip_fraction"), ".1%"),
+    "clipped, mean": lambda run: (run.dry * "would clip ") + _of(fmean, run.values("agc/clip_fraction"), ".1%"),
     "gradient norm, median": lambda run: _of(median, run.values("agc/grad_norm"), ".3g"),
     "steps with inf or nan": lambda run: str(sum(y > 0 for y in run.values("agc/nonfinite_units"))),
     "last step": lambda run: f"{round(run.lines[-1]['step'], 4):,.12g}",  # some count epochs
@@ -117,7 +134,7 @@ def _worst(run: Run) -> str:
         shares, norms = run.values(PER_PARAMETER + name), run.values(f"agc/grad_norm/{name}")
         numbers = [f"{fmean(shares):.1%}", f"{max(shares):.1%}", f"{max(norms, default=0.0):.3g}"]
         ratio = _reach(counted.thresholds, counted.parameters.get(name))
-        rows.append([f"<code>{escape(name)}</code>", *numbers, ratio])
+        rows.append([f"<code>{_name(name)}</code>", *numbers, ratio])
     return _table(rows, ["parameter", "mean", "at most", "norm at most", "ratio at most"])
 
 
@@ -136,4 +153,4 @@ def _settings(runs: Sequence[Run]) -> str:
     if not names:
         return _note('The file says nothing of the settings: a line may have them under <code>"settings"</code>.')
     rows = ([name, *(repr(run.settings.get(name, "–")) for run in runs)] for name in names)
-    return _table(([escape(cell) for cell in row] for row in rows), ["", *(run.name for run in runs)])
+    return _table(([_name(cell) for cell in row] for row in rows), ["", *(_name(run.name) for run in runs)])

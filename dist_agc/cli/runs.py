@@ -50,6 +50,12 @@ class Run:
         value = self.settings.get("clipping_threshold")
         return float(value) if is_number(value) and value > 0 else None
 
+    @property
+    def dry(self) -> bool:
+        """Whether it measured and clipped nothing, as its last statistics say, or else its settings."""
+        last = next((line for line in reversed(self.lines) if "agc/units" in line), {})
+        return bool(last.get("agc/dry_run", self.settings.get("dry_run", False)))
+
     def series(self, key: str) -> list[tuple[float, float]]:
         """(step, value) wherever the value is a finite number."""
         return [(line["step"], float(line[key])) for line in self.lines if is_number(line.get(key))]

@@ -25,12 +25,12 @@ def command(
         str,
         Option(
             metavar="PACKAGE.MODULE:FACTORY",
-            help="A function that returns a module, or (module, loss) where loss(module) gives a scalar, as for check.",
+            help="A function that returns a module, (module, loss) or (module, batch), as for check.",
         ),
     ],
     observe: Annotated[
         bool,
-        Option("--observe", help="Run loss(module) once, on the CPU, and look at what its matrix products contract."),
+        Option("--observe", help="Run the model once, on the CPU, and look at what its matrix products contract."),
     ] = False,
     units: UnitsOption = None,
     device: Annotated[
@@ -50,13 +50,6 @@ def command(
     A guess follows from the shape alone; for a tensor of three dims or more it is often wrong.
 
     The exit code is 1 where --observe sees a product that disagrees.
-
-    [bold]Examples[/bold]
-
-    \b
-    dist-agc units --model package.module:build              # of any size, on meta
-    dist-agc units --model package.module:build --observe    # what do products say?
-    dist-agc units --model package.module:build --units '*.experts.w1=0,1'
     """
     if device is None:
         device = "cpu" if observe else "meta"
@@ -66,7 +59,8 @@ def command(
     made, loss = _build(model, device)
     if observe and loss is None:
         raise BadParameter(
-            f"--observe runs the model: {model} must return (module, loss), where loss(module) gives a scalar.",
+            f"--observe runs the model: {model} must return (module, loss), where loss(module) gives a scalar, or "
+            "(module, batch).",
             param_hint="--model",
         )
     rows = _look(made, asked, device, loss if observe else None)
@@ -218,12 +212,10 @@ def _print(model: nn.Module, rows: Sequence[UnitRow], observe: bool) -> None:
     from rich.markup import escape
 
     from ..lab.console import display
-    from .tables import table
+    from .tables import folded, show, table
 
     console = display.console(None)
     wide = not console.is_terminal
-    if wide:
-        console.width = 1000  # a row is a line, whatever reads it
     groups = _grouped(alike(rows))
     headings = ["parameter", "", "shape", "dims", "units", *(["products"] if observe else [])]
     of_rows = [[list(row.cells(observe, wide)) for row in group] for group in groups.values()]
@@ -233,18 +225,18 @@ def _print(model: nn.Module, rows: Sequence[UnitRow], observe: bool) -> None:
     widths = [max(len(line) for cell in column for line in cell.split("\n")) for column in columns]
     widths = [max(width, len(heading)) for width, heading in zip(widths, headings[1:], strict=True)]
     widths[3] = max([widths[3], *map(len, totals)])
-    left = max(console.width - sum(widths) - 2 * len(headings) - 1, 20)
+    left = 1000 if wide else max(console.width - sum(widths) - 2 * len(headings) - 1, 20)
     cells = []
     for (why, group), of_group, total in zip(groups.items(), of_rows, totals, strict=True):
         colour = "bold yellow" if group[0].one.guessed else "bold"
-        cells.append([f"[{colour}]{escape(_folded(why, left, ' '))}[/]", "", "", "", f"[bold]{total}[/]"])
+        cells.append([f"[{colour}]{escape(folded(why, left, ' '))}[/]", "", "", "", f"[bold]{total}[/]"])
         for row, found in zip(group, of_group, strict=True):
             colour = "red" if row.one.disagrees else "yellow" if often_wrong(row.one) else "not bold"
-            cells.append([f"[{colour}]{escape(text)}[/]" for text in ("  " + _folded(row.name, left - 2), *found)])
+            cells.append([f"[{colour}]{escape(text)}[/]" for text in ("  " + folded(row.name, left - 2), *found)])
     shown = table(f"{type(model).__name__}: which dims number units, and why", headings, cells, left=headings[5:])
     for column in shown.columns:
         column.no_wrap = True
-    console.print(shown)
+    show(console, shown)
     _conclude(console, model, rows, observe)
 
 
@@ -255,16 +247,6 @@ def _grouped(rows: Sequence[Alike]) -> dict[str, list[Alike]]:
     for row in ordered:
         groups.setdefault(row.one.why, []).append(row)
     return groups
-
-
-def _folded(text: str, width: int, at: str = ".") -> str:
-    """The text in lines of at most ``width``, broken after ``at`` where it can be; later lines stand further in."""
-    lines, room = [], width
-    while len(text) > room:
-        cut = text.rfind(at, 0, room) + 1 or room
-        lines.append(text[:cut])
-        text, room = text[cut:], max(width - 4, 1)
-    return "\n    ".join([*lines, text])
 
 
 def _conclude(console: Console, model: nn.Module, rows: Sequence[UnitRow], observe: bool) -> None:

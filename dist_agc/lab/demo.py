@@ -99,17 +99,6 @@ def command(
 
     Ends with a table, a plot (TASK.png) and one line of JSON per step
     (TASK.jsonl), both in runs/demo or the folder given by --out.
-
-    [bold]Examples[/bold]
-    dist-agc demo                           [dim]# 2 processes, FSDP2, digits[/dim]
-    dist-agc demo --lr 0.1                  [dim]# a tame rate: both runs train[/dim]
-    dist-agc demo --clipping-threshold 0.2  [dim]# hardly clips: does it help?[/dim]
-    dist-agc demo --task text --nproc 4     [dim]# a small GPT, in 4 processes[/dim]
-    dist-agc demo --backend ddp             [dim]# not sharded: the same figures[/dim]
-
-    [bold]Where a launcher has started the processes[/bold]
-    torchrun --nproc-per-node 2 -m dist_agc.cli demo
-    mpirun -n 2 dist-agc demo
     """
     require("demo", "sklearn", "matplotlib")
     if backend.startswith("zero"):

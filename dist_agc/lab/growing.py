@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import gc
-import json
 import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -19,9 +16,6 @@ from ..config import AGCConfig
 from ..engine.plan import Plan
 from ..frameworks.virtual import World, parameters
 from ..model.units import unit_rules
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 
 @dataclass(frozen=True)
@@ -87,18 +81,3 @@ def curves(scale: float = 1.0) -> list[Curve]:
         Curve("planning", "tensors", against(lambda n: _plan(n, 64), 64, 256, 1024, 4096)),
         Curve("planning", "ranks", against(lambda n: _plan(64, n), 64, 256, 1024, 4096, 16384)),
     ]
-
-
-def show(path: Path, scale: float, as_json: bool, console: Console) -> None:
-    """Draw the curves, and print them."""
-    from . import charts
-
-    found = curves(scale)
-    charts.growth(found, path)
-    if as_json:
-        print(json.dumps([{"against": c.against, "what": c.what, "points": c.points, "power": c.power} for c in found]))
-        return
-    for curve in found:
-        points = ", ".join(f"{size:,}: {seconds * 1e3:.2g} ms" for size, seconds in curve.points)
-        console.print(f"{curve.what:8} against {curve.against:12} grows with the power {curve.power:.2f}  ({points})")
-    console.print(f"Chart: {path}")

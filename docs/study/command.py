@@ -66,10 +66,10 @@ def command(
     and --seeds 5 adds to what --seeds 3 has done.
 
     [bold]Examples[/bold]
-    python docs/study --quick                     [dim]# 2 minutes, all parts[/dim]
-    python docs/study                             [dim]# all of it[/dim]
-    python docs/study --only text --seeds 5
-    python docs/study --out docs/study --page docs/study.md
+      python docs/study --quick                     [dim]# 2 minutes, all parts[/dim]
+      python docs/study                             [dim]# all of it[/dim]
+      python docs/study --only text --seeds 5
+      python docs/study --out docs/study --page docs/study.md
     """
     require("demo", "sklearn", "matplotlib")
     from dist_agc.lab.console.display import Display

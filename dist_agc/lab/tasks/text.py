@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -55,6 +57,15 @@ class GPT(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.head(self.norm(x))
+
+
+def example() -> tuple[GPT, Callable[[GPT], Tensor]]:
+    """A model, the same in every process, and a loss of it, as `dist-agc check` and `dist-agc units` take them."""
+    tokens = torch.arange(2 * CONTEXT).view(2, CONTEXT) % 96
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        made = GPT(96)
+    return made, lambda model: F.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten())
 
 
 def task() -> Task:
