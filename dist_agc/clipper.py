@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from . import frameworks
 from .config import AGCConfig, check_threshold
+from .engine.agreement import Once
 from .engine.execution import Execution
 from .engine.row_norms import load
+from .frameworks import Model
 from .model.kinds import registrations
-from .model.names import numberless
+from .model.names import Entry, numberless
 from .model.parameter import Parameter
 from .model.units import UnitRule, unit_rules
 from .stats import ClipStats
-
-Model = nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]]
 
 
 class Clipper:
@@ -50,27 +50,58 @@ class Clipper:
     """
 
     def __init__(self, model: Model, config: AGCConfig | None = None, **options: Any) -> None:
-        self._start(frameworks.parameters(model), AGCConfig.of(config, options))
+        settings = AGCConfig.of(config, options)
+        self._start(frameworks.parameters(model), settings, frameworks.modules(model))
 
     @classmethod
-    def of(cls, parameters: Sequence[Parameter], config: AGCConfig) -> Clipper:
-        """A Clipper of parameters that a framework has made already."""
+    def of(cls, parameters: Sequence[Parameter], config: AGCConfig, models: Sequence[nn.Module] = ()) -> Clipper:
+        """A Clipper of parameters that a framework has made already. ``models``: where new ones may turn up."""
         clipper = cls.__new__(cls)
-        clipper._start(parameters, config)
+        clipper._start(parameters, config, models)
         return clipper
 
-    def _start(self, parameters: Sequence[Parameter], config: AGCConfig) -> None:
+    def _start(self, parameters: Sequence[Parameter], config: AGCConfig, models: Sequence[nn.Module]) -> None:
         if config.cpu_kernel:
             load()  # here, so that a missing compiler is told before anything is clipped
         self.config = config
-        self.parameters = list(parameters)
-        self.rules = unit_rules(self.parameters, config)
+        self._models = [weakref.ref(model) for model in models]
+        self._listed = self._in_models()
+        self._beside: list[Parameter] = []  # of no model, and covered since an optimizer has stepped them
+        self.parameters: list[Parameter] = []
+        self.rules: list[UnitRule | None] = []
+        self._held: set[int] = set()
         # What has never trained, by place: plans cover all else, whatever is frozen in between.
-        self._idle = {i: p for i, p in enumerate(self.parameters) if not p.trains}
+        self._idle: dict[int, Parameter] = {}
         self._executions: dict[frozenset[int] | None, Execution] = {}
-        for p, rule in self._trained():
+        self._once = Once()
+        self._cover(parameters, unit_rules(parameters, config))
+        if set(self.rules) == {None}:
+            warnings.warn(
+                f"exclude={config.exclude!r} leaves out every parameter, so AGC clips nothing.",
+                UserWarning,
+                stacklevel=2,
+            )
+
+    def _cover(self, parameters: Sequence[Parameter], rules: list[UnitRule | None]) -> None:
+        """Plan anew, for these. What has trained before goes on being covered while it is frozen."""
+        trained = {id(p.tensor) for p, _ in self._trained()}
+        idle = {i: p for i, p in enumerate(parameters) if not p.trains and id(p.tensor) not in trained}
+        pairs = [pair for i, pair in enumerate(zip(parameters, rules, strict=True)) if i not in idle]
+        for p, rule in pairs:
+            if p.tensor.is_meta:
+                raise ValueError(
+                    f"parameter {p.name!r} is on the meta device, and has no weights yet: attach when the model has "
+                    "been moved to where it trains, and make the optimizer from its parameters there."
+                )
             p.pieces(rule)  # here, so that what cannot be cut into its units is told at once
-        _tell_guesses(self._trained())
+        _tell_guesses([(p, rule) for p, rule in pairs if id(p.tensor) not in self._held])
+        self.parameters, self.rules, self._idle, self._executions = list(parameters), rules, idle, {}
+        self._held, self._lay = {id(p.tensor) for p in parameters}, [p.lies() for p in parameters]
+
+    def _in_models(self) -> list[int]:
+        """The parameters that the models have now, by ``id``; those of a model that is gone are not among them."""
+        models = (model for ref in self._models if (model := ref()) is not None)
+        return [id(p) for model in models for p in model.parameters()]
 
     def _trained(self) -> list[tuple[Parameter, UnitRule | None]]:
         pairs = zip(self.parameters, self.rules, strict=True)
@@ -78,19 +109,56 @@ class Clipper:
 
     def holds(self, tensor: Tensor) -> bool:
         """Whether ``tensor`` is one that an optimizer would hold for this model."""
-        return any(p.tensor is tensor for p in self.parameters)
+        return id(tensor) in self._held
+
+    def whole(self, tensor: Tensor) -> bool:
+        """Whether ``tensor`` is a parameter that every rank holds whole."""
+        return any(p.tensor is tensor and type(p) is Parameter for p in self.parameters)
+
+    def renew(self, replaced: Mapping[int, Tensor] | None = None, added: Sequence[Entry] = ()) -> None:
+        """Look at the models again: something in them is new, or has another shape. Plans are made anew.
+
+        Args:
+            replaced: tensors that have come in the place of a parameter's, by ``id`` of the old one.
+            added: what optimizers hold beside the models, from now on covered too.
+
+        Raises ValueError where a parameter cannot be clipped as it lies now; everything is as it was then.
+        """
+        replaced, models = replaced or {}, [model for ref in self._models if (model := ref()) is not None]
+        whole = bool(models) and len(models) == len(self._models)
+        stay = {*replaced, *(id(p.tensor) for p in self._beside)}  # whatever the models have now
+        kept = [p for p in self.parameters if not whole or id(p.tensor) in stay]
+        beside = [p.now_in(replaced.get(id(p.tensor), p.tensor)) for p in kept]
+        if added:
+            beside += frameworks.parameters([(entry.name, entry.tensor) for entry in added])
+        names = {p.name for p in beside}
+        found = frameworks.parameters(models) if whole else []
+        covered = [*(p for p in found if p.name not in names), *beside]
+        try:
+            self._cover(covered, unit_rules(covered, self.config, checked=False))
+        except ValueError as error:
+            raise ValueError(
+                f"{error} It has become so since AGC saw the model first: shard the model first, then make the "
+                "optimizer, then attach."
+            ) from None
+        self._beside, self._listed = beside, self._in_models()
 
     def execution(self, tensors: Iterable[Tensor] | None = None) -> Execution:
-        """That of all parameters, or of these. Kept until something that it covers trains for the first time."""
+        """That of all parameters, or of these. Kept until something that it covers is new, or lies otherwise."""
+        if tensors is None and self._models and self._in_models() != self._listed:
+            self.renew()
+        key = None if tensors is None else frozenset(map(id, tensors))
+        if any(p.lies() != self._lay[i] for i, p in enumerate(self.parameters) if key is None or id(p.tensor) in key):
+            self.renew()
         thawed = [i for i, p in self._idle.items() if p.trains]
         _tell_guesses([(self.parameters[place], self.rules[place]) for place in thawed])
         for place in thawed:
             new = id(self._idle.pop(place).tensor)
             self._executions = {k: e for k, e in self._executions.items() if k is not None and new not in k}
-        key = None if tensors is None else frozenset(map(id, tensors))
         if key not in self._executions:
             chosen = [(p, rule) for p, rule in self._trained() if key is None or id(p.tensor) in key]
-            self._executions[key] = Execution([p for p, _ in chosen], [rule for _, rule in chosen], self.config)
+            rules = [rule for _, rule in chosen]
+            self._executions[key] = Execution([p for p, _ in chosen], rules, self.config, self._once)
         return self._executions[key]
 
     def clip(
@@ -124,6 +192,22 @@ class Clipper:
         with torch.no_grad(), torch.profiler.record_function("dist_agc::clip"):
             return self.execution(holders).clip(thresholds or {}, grad_scale, clipping_threshold)
 
+    def described(self, between: str) -> str:
+        """What it covers and how, for people: phrases with ``between`` before each but the first."""
+        pairs = list(zip(self.parameters, self.rules, strict=True))
+        trained = [(p, rule) for p, rule in pairs if p.trains]
+        governed = [(p, rule) for p, rule in trained if rule is not None]
+        found = Counter(p.framework for p, _ in trained)
+        units, guessed = sum(rule.count for _, rule in governed), sum(rule.guessed for _, rule in governed)
+        return between.join(
+            (
+                "; ".join(f"{count} parameters {kind}" for kind, count in found.items()) or "nothing trains",
+                f"{len(governed)} governed ({units} units, those of {guessed} guessed), {len(trained) - len(governed)} "
+                f"excluded, {len(pairs) - len(trained)} frozen",
+                str(self.config),
+            )
+        )
+
 
 def _tell_guesses(pairs: Iterable[tuple[Parameter, UnitRule | None]]) -> None:
     """One warning for all units whose guess is often wrong."""
@@ -147,7 +231,7 @@ def _tell_guesses(pairs: Iterable[tuple[Parameter, UnitRule | None]]) -> None:
 _clippers: weakref.WeakKeyDictionary[nn.Module, tuple[object, Clipper]] = weakref.WeakKeyDictionary()
 
 
-def apply_agc(model: Model, clipping_threshold: float | AGCConfig | None = None, **options: Any) -> ClipStats | None:
+def apply_agc(model: Model, clipping_threshold: float | AGCConfig = 0.01, **options: Any) -> ClipStats | None:
     """Clip the gradients of ``model`` once, between ``loss.backward()`` and ``optimizer.step()``.
 
     Takes the place of Composer's functional ``apply_agc``; ``eps=0`` is its exact rule. On sharded models every rank
@@ -172,39 +256,22 @@ def apply_agc(model: Model, clipping_threshold: float | AGCConfig | None = None,
         >>> float(stats.clip_fraction)
         1.0
     """
-    config = clipping_threshold if isinstance(clipping_threshold, AGCConfig) else None
-    if config is None and clipping_threshold is not None:
-        options["clipping_threshold"] = clipping_threshold
-    config = AGCConfig.of(config, options)
+    if isinstance(clipping_threshold, AGCConfig):
+        config = AGCConfig.of(clipping_threshold, options)
+    else:
+        config = AGCConfig.of(None, {"clipping_threshold": clipping_threshold, **options})
     return clipper_of(model, config).clip(clipping_threshold=config.clipping_threshold)
 
 
 def clipper_of(model: Model, config: AGCConfig) -> Clipper:
-    """The Clipper that is kept for a module, for as long as its parameters and the settings stay; else a new one.
+    """The Clipper that is kept for a module, for as long as the settings stay; else a new one.
 
     The threshold may follow a schedule, so it counts for nothing here: give it to `Clipper.clip`.
     """
     if not isinstance(model, nn.Module):
         return Clipper(model, config)
-    key = (replace(config, clipping_threshold=1.0), [id(p) for p in model.parameters()], registrations())
+    key = (replace(config, clipping_threshold=1.0), registrations())
     kept = _clippers.get(model)
     if kept is None or kept[0] != key:
         kept = _clippers[model] = (key, Clipper(model, config))
     return kept[1]
-
-
-def held(*optimizers: Optimizer) -> list[Tensor]:
-    """What optimizers step on."""
-    return [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
-
-
-def group_thresholds(*optimizers: Optimizer) -> dict[int, float | None]:
-    """The thresholds that their parameter groups ask for, by ``id`` of the parameter."""
-    found: dict[int, float | None] = {}
-    for i, group in (numbered for optimizer in optimizers for numbered in enumerate(optimizer.param_groups)):
-        if "clipping_threshold" in group:
-            value = group["clipping_threshold"]
-            if value is not None:
-                value = check_threshold(value, f"param_groups[{i}]['clipping_threshold']")
-            found.update((id(p), value) for p in group["params"])
-    return found

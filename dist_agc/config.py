@@ -140,7 +140,9 @@ class AGCConfig:
         if config is None:
             return cls(**options)
         if not isinstance(config, cls):
-            raise TypeError(f"config must be an AGCConfig, got {type(config).__name__}.")
+            number = isinstance(config, Real)
+            got = f"{config!r}: write clipping_threshold={config!r}" if number else type(config).__name__
+            raise TypeError(f"config must be an AGCConfig, got {got}.")
         if options:
             raise TypeError(f"give an AGCConfig or keyword options, not both (got config and {', '.join(options)}).")
         return config

@@ -23,8 +23,9 @@ from torch import Tensor
 from torch.autograd import Variable
 from torch.optim import Optimizer
 
-from .clipper import Clipper, group_thresholds, held
+from .clipper import Clipper
 from .frameworks import not_in_backward, plain
+from .held import group_thresholds, held
 from .stats import ClipStats
 
 _MARK = "_dist_agc_clipped"
@@ -46,7 +47,7 @@ class BackwardClipping:
         reason = not_in_backward(model) or _reduced_by_a_wrapper([p.tensor for p in clipper.parameters])
         if reason:
             raise ValueError(f"during_backward=True cannot be right here: {reason}, or {_OTHERWISE}")
-        self.stats: ClipStats | None = None
+        self.stats = ClipStats.merged([])
         self._optimizers = optimizers
         stepped = set(map(id, held(*optimizers)))
         covered = [p for p in clipper.parameters if not optimizers or id(p.tensor) in stepped]
@@ -58,6 +59,7 @@ class BackwardClipping:
                     f"parameter {p.name!r} has a post-accumulate-grad hook already, which would see the gradient "
                     "before it is clipped: attach first, then register your own hooks."
                 )
+        self._names = {id(p.tensor): p.name for p in chosen}
         self._executions = {id(p.tensor): clipper.execution([p.tensor]) for p in chosen}
         # With several devices in one process, autograd has a thread for each, and hooks run at the same time.
         self._lock = Lock()
@@ -76,10 +78,9 @@ class BackwardClipping:
         if tensor.grad is None:
             return
         if getattr(tensor.grad, _MARK, False):
-            name = execution.plan.parameters[0].name
             raise RuntimeError(
-                f"parameter {name!r}: backward added to a gradient that was clipped already, so the sum is neither. "
-                "With during_backward=True free gradients before the next backward (p.grad = None, or "
+                f"parameter {self._names[key]!r}: backward added to a gradient that was clipped already, so the sum is "
+                "neither. With during_backward=True free gradients before the next backward (p.grad = None, or "
                 "zero_grad(set_to_none=True)). To accumulate, turn off FSDP2's gradient sync until the last "
                 f"backward (set_requires_gradient_sync(False)), or {_OTHERWISE}"
             )

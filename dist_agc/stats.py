@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -57,24 +57,54 @@ class ClipStats:
         ['agc/clip_fraction', 'agc/clipped_units']
     """
 
-    def __init__(self, units: dict[str, int], sums: Tensor, max_ratio: Tensor) -> None:
+    def __init__(
+        self,
+        units: dict[str, int],
+        sums: Tensor,
+        max_ratio: Tensor,
+        excluded: Sequence[str] = (),
+        *,
+        dry_run: bool = False,
+    ) -> None:
         """``units``: by governed parameter. ``sums``: one row (clipped, non-finite, squared gradient) per governed
-        parameter in that order, then one per excluded parameter."""
-        self._units, self._sums = units, sums
+        parameter in that order, then one for each of the ``excluded``."""
+        self._units, self._sums, self._excluded, self._dry_run = units, sums, tuple(excluded), dry_run
         self.units, self.max_ratio = sum(units.values()), max_ratio
 
     @classmethod
     def merged(cls, parts: Iterable[ClipStats]) -> ClipStats:
-        """One for all of a step that clips in several calls, such as two optimizers or ZeRO's groups."""
+        """One for all of a step that clips in several calls, such as two optimizers or ZeRO's groups.
+
+        A parameter that several of them have counts once: as the first found it.
+        """
         parts = list(parts)
         if len(parts) == 1:
             return parts[0]
-        units = {name: count for part in parts for name, count in part._units.items()}
+        if not parts:
+            return cls({}, torch.zeros(0, 3, device="cpu"), torch.zeros((), device="cpu"))
         device = parts[0]._sums.device
-        governed = [part._sums[: len(part._units)].to(device) for part in parts]
-        excluded = [part._sums[len(part._units) :].to(device) for part in parts]
+        units: dict[str, int] = {}
+        governed: dict[str, Tensor] = {}
+        excluded: dict[str, Tensor] = {}
+        for part in parts:
+            units = {**part._units, **units}
+            rows = part._sums.to(device).unbind()
+            governed = {**dict(zip(part._units, rows, strict=False)), **governed}
+            excluded = {**dict(zip(part._excluded, rows[len(part._units) :], strict=True)), **excluded}
+        excluded = {name: row for name, row in excluded.items() if name not in governed}
+        rows = [*governed.values(), *excluded.values()]
+        sums = torch.stack(rows) if rows else parts[0]._sums
         top = torch.stack([part.max_ratio.to(device) for part in parts]).amax()
-        return cls(units, torch.cat(governed + excluded), top)
+        return cls(units, sums, top, list(excluded), dry_run=parts[0]._dry_run)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of all parameters that it is about, excluded ones too."""
+        return (*self._units, *self._excluded)
+
+    def __bool__(self) -> bool:
+        """Whether anything was measured: not before the first step."""
+        return bool(self.names)
 
     @property
     def clipped_units(self) -> Tensor:
@@ -114,10 +144,16 @@ class ClipStats:
 
         Args:
             per_parameter: add ``agc/clip_fraction/NAME`` and ``agc/grad_norm/NAME`` of every governed parameter.
+
+        Returns:
+            ``agc/units``, ``agc/clipped_units``, ``agc/clip_fraction``, ``agc/nonfinite_units``, ``agc/grad_norm`` and
+            ``agc/max_ratio``. In a dry run also ``agc/dry_run``, which is 1: units would have been clipped.
         """
-        here = ClipStats(self._units, self._sums.cpu(), self.max_ratio.cpu())  # one copy, not one for each number
+        # One copy, not one for each number.
+        here = ClipStats(self._units, self._sums.cpu(), self.max_ratio.cpu(), self._excluded)
         values = here._as_tensors(per_parameter=per_parameter)
-        return {"agc/units": float(self.units), **{name: float(value) for name, value in values.items()}}
+        dry = {"agc/dry_run": 1.0} if self._dry_run else {}
+        return {"agc/units": float(self.units), **{name: float(value) for name, value in values.items()}, **dry}
 
     def __repr__(self) -> str:
         return f"ClipStats({', '.join(f'{k[4:]}={v:.4g}' for k, v in self.as_dict().items())})"

@@ -26,7 +26,10 @@ from dist_agc.model.blocks import Axis
 from dist_agc.model.parameter import Parameter
 
 # Layers of any shape: that the units of some are guessed is told; tests/test_guesses.py looks at that.
-pytestmark = pytest.mark.filterwarnings("ignore:dist_agc does not know the modules:UserWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:dist_agc does not know the modules:UserWarning"),
+    pytest.mark.filterwarnings("ignore:exclude=.* leaves out every parameter:UserWarning"),
+]
 
 EXAMPLES = 1500
 THRESHOLD = 1.0

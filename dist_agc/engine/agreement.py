@@ -1,11 +1,17 @@
-"""The one check that ranks are set up alike, at the first call of an execution."""
+"""The one check that ranks are set up alike, at the first call of an execution.
+
+Ranks that send each other something in every call all come to the first one too. Those that hold mere copies need not:
+where batches have run out, a rank stays away from steps, and nothing of ours else would wait for it. Along such an axis
+ranks compare once, and not while some may stay away. Which axes these are follows from structure, and from what all of
+their ranks have done alike; never from one rank's gradients.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import os
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -20,15 +26,27 @@ from .plan import Plan
 _DIGESTS = 32
 
 
-def agree(plan: Plan, config: AGCConfig, limits: Sequence[float], gradients: str = "as expected") -> list[Axis]:
+@dataclass
+class Once:
+    """What the executions of one Clipper do once between them, by the name of the parameter."""
+
+    agreed: set[str] = field(default_factory=set)  # compared with the other ranks that hold it
+    told: set[str] = field(default_factory=set)  # said that its gradient cannot be read
+
+
+def agree(
+    plan: Plan, config: AGCConfig, limits: Sequence[float], once: Once, gradients: str = "as expected"
+) -> list[Axis]:
     """Compare settings and structure along every axis; returns the axes, in an order that all ranks share.
 
     Small collectives of fixed length, in two rounds over the axes: the second tells ranks that share no axis with the
     one that differs. All raise RuntimeError then, which names what differs, instead of a hang or of nonsense later.
 
     ``limits``: the threshold of every governed parameter. ``gradients``: or why this rank cannot clip its own.
+    ``once``: which parameters were compared before; those of this call are added.
     """
-    axes = sorted((a for a in plan.shared if a.group is not None and a.size > 1), key=lambda axis: axis.ranks)
+    several = (axis for axis in plan.shared if axis.group is not None and axis.size > 1)
+    axes = sorted((axis for axis in several if _all_come(plan, axis, once.agreed)), key=lambda axis: axis.ranks)
     devices = {axis: plan.parameters[plan.shared[axis][0]].tensor.device for axis in axes}
     problem = ""
     for axis in axes:
@@ -55,7 +73,19 @@ def agree(plan: Plan, config: AGCConfig, limits: Sequence[float], gradients: str
             f"dist_agc is set up differently on ranks that share parameters; {problem}. No gradient was changed. "
             "Give every rank the same model and the same settings."
         )
+    once.agreed.update(plan.parameters[i].name for axis in axes for i in plan.shared[axis])
     return axes
+
+
+def _all_come(plan: Plan, axis: Axis, agreed: set[str]) -> bool:
+    """Whether all ranks of an axis come to compare; each of them gives the same answer.
+
+    A plan of mere copies that was made because more trains than before is not compared anew: a rank without batches
+    may not know of it.
+    """
+    which = [plan.parameters[i] for i in plan.shared[axis]]
+    mere_copies = plan.copied.issuperset(plan.shared[axis])
+    return not mere_copies or not any(p.name in agreed or (p.uneven is not None and p.uneven()) for p in which)
 
 
 def _exchange(said: dict[str, str], axis: Axis, device: torch.device) -> list[dict[str, str]]:

@@ -7,6 +7,7 @@ handful of operations a call and not a handful a parameter. Nothing here waits f
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
@@ -14,11 +15,11 @@ import torch
 from torch import Tensor
 
 from ..config import AGCConfig
-from ..model.parameter import Parameter
+from ..model.parameter import Parameter, Unknown
 from ..model.units import UnitRule
 from ..rules.agc import AGC
 from ..stats import ClipStats
-from .agreement import agree
+from .agreement import Once, agree
 from .collectives import all_reduce
 from .counts import ByParameter, Counts, Judged, Tally
 from .kernels import Scaling
@@ -41,9 +42,19 @@ def judge(rule: AGC, weight_norm: Tensor, grad_norm: Tensor, limit: float | Tens
 class Execution:
     """One plan. At the first call ranks compare it, and the tensors that it needs are made; they are kept."""
 
-    def __init__(self, parameters: Sequence[Parameter], rules: Sequence[UnitRule | None], config: AGCConfig) -> None:
-        self.config = config
-        self.plan = Plan(parameters, rules)
+    def __init__(
+        self,
+        parameters: Sequence[Parameter],
+        rules: Sequence[UnitRule | None],
+        config: AGCConfig,
+        once: Once | None = None,
+    ) -> None:
+        self.config, self._once = config, once or Once()
+        pairs = list(zip(parameters, rules, strict=True))
+        unread = {p.name: str(p.error) for p, rule in pairs if rule is None and isinstance(p, Unknown)}
+        self._tell_unread(unread)
+        pairs = [(p, rule) for p, rule in pairs if p.name not in unread]
+        self.plan = Plan([p for p, _ in pairs], [rule for _, rule in pairs])
         self._calls = 0
         self._bound: _Bound | None = None
 
@@ -85,17 +96,31 @@ class Execution:
     def _begin(self, limits: list[float]) -> tuple[list[Tensor], list[Tensor | None], _Bound]:
         """Weights and gradients, checked. At the first call ranks compare what they have: most mistakes show here."""
         try:
-            weights, grads = collect(self.plan)
+            weights, grads, unread = collect(self.plan)
         except ValueError as problem:
             if self._bound is None:
                 with suppress(RuntimeError):  # the others are told, and wait for nothing
-                    agree(self.plan, self.config, limits, str(problem))
+                    agree(self.plan, self.config, limits, self._once, str(problem))
             raise
         if self._bound is None:
-            shares = Shares(self.plan, agree(self.plan, self.config, limits), grads)
+            shares = Shares(self.plan, agree(self.plan, self.config, limits, self._once), grads)
             self._bound = _Bound(self.plan, self.config, shares, weights)
+        self._tell_unread(unread)
         self._bound.set_limits(limits)
         return weights, grads, self._bound
+
+    def _tell_unread(self, found: Mapping[str, str]) -> None:
+        """Say once of which excluded parameters the gradients cannot be read. ``found``: by name, the error."""
+        new = [name for name in found if name not in self._once.told]
+        if new and self.config.statistics:
+            self._once.told.update(new)
+            more = f" and {len(new) - 5} more" if len(new) > 5 else ""
+            warnings.warn(
+                f"grad_norm is without the gradients of {', '.join(map(repr, new[:5]))}{more}: they are excluded, and "
+                f"dist_agc cannot read them. {found[new[0]]}",
+                UserWarning,
+                stacklevel=2,
+            )
 
     def _statistics(self, tally: Tally) -> ClipStats:
         """FloatingPointError: with ``on_nonfinite="raise"``, a gradient that is not finite."""
@@ -104,7 +129,9 @@ class Execution:
         if len(governed) < plan.governed:
             rows = [*(i for i, _, _ in governed), *range(plan.governed, len(plan.parameters))]
             sums = sums.index_select(0, torch.tensor(rows, device="cpu").to(sums.device, non_blocking=True))
-        stats = ClipStats({p.name: rule.count for _, p, rule in governed}, sums, tally.top)
+        excluded = [p.name for p in plan.parameters[plan.governed :]]
+        units, dry_run = {p.name: rule.count for _, p, rule in governed}, self.config.dry_run
+        stats = ClipStats(units, sums, tally.top, excluded, dry_run=dry_run)
         if self.config.on_nonfinite == "raise" and stats.nonfinite_units > 0:
             bad = [name for name, of in stats.per_parameter.items() if of.nonfinite_units > 0]
             raise FloatingPointError(
@@ -115,13 +142,23 @@ class Execution:
         return stats
 
 
-def collect(plan: Plan) -> tuple[list[Tensor], list[Tensor | None]]:
-    """Weights and gradients in the order of ``plan.parameters``. ValueError: one cannot be clipped."""
-    weights, grads = [p.weight() for p in plan.parameters], [p.gradient() for p in plan.parameters]
-    for i, (weight, grad) in enumerate(zip(weights, grads, strict=True)):
-        if grad is not None and (problem := _problem(weight, grad, plan, i)):
-            raise ValueError(f"parameter {plan.parameters[i].name!r} {problem}")
-    return weights, grads
+def collect(plan: Plan) -> tuple[list[Tensor], list[Tensor | None], dict[str, str]]:
+    """Weights and gradients in the order of ``plan.parameters``. ValueError: one cannot be clipped.
+
+    An excluded gradient that cannot be read counts as none; third are these, by name, with the reasons.
+    """
+    weights, grads, unread = [p.weight() for p in plan.parameters], list[Tensor | None](), dict[str, str]()
+    for i, (p, weight) in enumerate(zip(plan.parameters, weights, strict=True)):
+        try:
+            grad = p.gradient()
+            if grad is not None and (problem := _problem(weight, grad, plan, i)):
+                raise ValueError(f"parameter {p.name!r} {problem}")
+        except ValueError as reason:
+            if i < plan.governed:
+                raise
+            grad, unread[p.name] = None, str(reason)
+        grads.append(grad)
+    return weights, grads, unread
 
 
 def _problem(weight: Tensor, grad: Tensor, plan: Plan, i: int) -> str | None:
@@ -132,7 +169,7 @@ def _problem(weight: Tensor, grad: Tensor, plan: Plan, i: int) -> str | None:
             "gradients were reduced, right before the optimizer's step."
         )
     if grad.layout == torch.strided:
-        if 0 in grad.stride() and grad.numel() and 0 in grad.squeeze().stride():
+        if i < plan.governed and 0 in grad.stride() and grad.numel() and 0 in grad.squeeze().stride():
             return (
                 "has a gradient with several elements in one place of memory (an expanded tensor), which cannot be "
                 "scaled in place: give it one of its own, grad.clone()."

@@ -188,7 +188,12 @@ def _scale_sparse(grad: Tensor, factor: Tensor, bad: Tensor | None) -> None:
     if bad is not None:
         values.masked_fill_(bad.flatten()[rows].view(shape), 0)
     grad.data = torch.sparse_coo_tensor(
-        grad._indices(), values, grad.shape, is_coalesced=grad.is_coalesced(), check_invariants=False
+        grad._indices(),
+        values,
+        grad.shape,
+        device=values.device,
+        is_coalesced=grad.is_coalesced(),
+        check_invariants=False,
     )
 
 

@@ -98,7 +98,10 @@ class Plan:
         self.governed = len(self.rules)
         pieces = [p.pieces(rule) for p, rule in placed]
         self.shared: dict[Axis, list[int]] = {}  # by axis, the parameters of which its ranks hold something
+        self.copied: set[int] = set()  # those of which nothing is ever sent: their ranks hold the same and know all
         for i, (p, found) in enumerate(zip(self.parameters, pieces, strict=True)):
+            if not (found.cuts or found.distinct or p.may_be_share):
+                self.copied.add(i)
             for axis in dict.fromkeys((*(cut.axis for cut in found.cuts), *found.distinct, *p.copies)):
                 self.shared.setdefault(axis, []).append(i)
         self.others = [(b, i) for i, found in enumerate(pieces) if i >= self.governed for b in found.blocks]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,10 +14,13 @@ from torch.nn.parameter import is_lazy
 from ..model import names
 from ..model.names import Entry
 from ..model.parameter import Parameter, Unknown
-from .base import Framework, is_a
+from .base import Framework
 from .deepspeed import DeepSpeed
 from .fsdp1 import FSDP1
 from .plain import Plain
+
+# What has parameters: a module, a list of several, or the parameters themselves, with or without names.
+Model = nn.Module | Sequence[nn.Module] | Iterable[Tensor] | Iterable[tuple[str, Tensor]]
 
 _SHARDING: tuple[Framework, ...] = (DeepSpeed(), FSDP1())
 _PLAIN = Plain()  # takes what nobody else knows and nobody refuses
@@ -35,12 +39,13 @@ def _asked() -> tuple[Framework, ...]:
     return (*_SHARDING, DTensors())
 
 
-def parameters(model: nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]]) -> list[Parameter]:
-    """Every parameter of a model (or of a list), as the framework that holds it knows it.
+def parameters(model: Model) -> list[Parameter]:
+    """Every parameter of a model (of several, of a list), as the framework that holds it knows it.
 
     Raises TypeError for a list of something else, ValueError for no parameter, or two under one name.
     """
-    whole = model if isinstance(model, nn.Module) else None
+    models = modules(model)
+    whole = None if not models else models[0] if len(models) == 1 else nn.ModuleList(models)
     if whole is not None:
         for framework in _asked():
             framework.prepare(whole)
@@ -51,7 +56,7 @@ def parameters(model: nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]
         found += some
     plain = []
     for entry in left:
-        if problem := _problem(entry.tensor):
+        if problem := refused(entry.tensor):
             found.append(Unknown.of(entry, () if is_lazy(entry.tensor) else None, problem=problem))
         else:
             plain.append(entry)
@@ -63,10 +68,33 @@ def parameters(model: nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]
         )
     # In the order of the model, however they were claimed.
     place = {id(entry.tensor): i for i, entry in enumerate(given)}
-    return sorted(found, key=lambda p: place.get(id(p.tensor), -1))
+    found.sort(key=lambda p: place.get(id(p.tensor), -1))
+    return found if len(models) < 2 else _named_alone(found)
 
 
-def _problem(tensor: Tensor) -> str | None:
+def modules(model: object) -> list[nn.Module]:
+    """The modules that were given: one, or a list of several. None where parameters were given."""
+    given = [model] if isinstance(model, nn.Module) else model
+    if isinstance(given, list | tuple) and all(isinstance(one, nn.Module) for one in given):
+        return list(given)
+    return []
+
+
+def _named_alone(found: list[Parameter]) -> list[Parameter]:
+    """The parameters of several models under the names that each has in its own, ``weight`` for ``1.weight``.
+
+    Patterns may use either. The longer one comes first where two models have the same name.
+    """
+    short = [tuple(name.partition(".")[2] for name in p.names) for p in found]
+    often = Counter(names[0] for names in short)
+    named = []
+    for p, own in zip(found, short, strict=True):
+        names = (*own, *p.names) if often[own[0]] == 1 else (*p.names, *own)
+        named.append(replace(p, names=tuple(dict.fromkeys(names))))
+    return named
+
+
+def refused(tensor: Tensor) -> str | None:
     """Why a tensor that nobody claims cannot be clipped; None for a plain one."""
     if is_lazy(tensor):
         return "has no shape yet: run one forward pass before clipping"
@@ -76,8 +104,10 @@ def _problem(tensor: Tensor) -> str | None:
     if hasattr(type(tensor), "__tensor_flatten__"):  # a tensor made of other tensors
         return (
             f"is a {type(tensor).__name__}, a layout that dist_agc does not know; known are plain tensors (DDP), "
-            "DTensor (FSDP2, tensor parallel), FSDP1 and DeepSpeed ZeRO"
+            "DTensor (FSDP2, tensor parallel), FSDP1 and DeepSpeed ZeRO. Exclude it"
         )
+    if tensor.dtype.itemsize < 2:
+        return f"is of {tensor.dtype}, in which torch finds no norms. Exclude it"
     return None
 
 
@@ -88,14 +118,26 @@ def stepper(model: object) -> Framework | None:
 
 def not_in_backward(model: object) -> str | None:
     """Why the gradients of some module in ``model`` are not final in backward; None where all are."""
-    modules = model.modules() if isinstance(model, nn.Module) else ()
-    reasons = (framework.not_in_backward(module) for module in modules for framework in (*_asked(), _PLAIN))
+    inside = (module for one in modules(model) for module in one.modules())
+    reasons = (framework.not_in_backward(module) for module in inside for framework in (*_asked(), _PLAIN))
     return next(filter(None, reasons), None)
 
 
+# Optimizers around another, which takes the hooks: their own classes cannot, or take them half. By class name, the
+# attribute with the inner one, which steps on the same gradients and weights.
+_AROUND = {
+    "AcceleratedOptimizer": "optimizer",
+    "_FabricOptimizer": "optimizer",
+    "PostLocalSGDOptimizer": "optim",  # averages weights after the step
+    "DPOptimizer": "original_optimizer",  # Opacus: what is clipped has its noise already
+}
+
+
 def unwrapped(optimizer: Any) -> Any:
-    """What Accelerate and Lightning Fabric wrap: their own optimizers cannot take hooks, or take them half."""
-    return optimizer.optimizer if is_a(optimizer, "AcceleratedOptimizer", "_FabricOptimizer") else optimizer
+    """The optimizer that takes hooks, where one around it does not."""
+    inner = (getattr(optimizer, _AROUND[kind.__name__]) for kind in type(optimizer).__mro__ if kind.__name__ in _AROUND)
+    found = next(inner, None)
+    return optimizer if found is None else unwrapped(found)
 
 
 def _listed(parameters: Any) -> list[Entry]:

@@ -57,6 +57,10 @@ class FlatInterval(Parameter):
 
     framework: ClassVar[str] = "flat shard"
 
+    def lies(self) -> tuple[object, ...]:
+        # Without the shape: a flat tensor is gathered, or put on a disk, between steps. `local` looks at it in a step.
+        return self.tensor.dtype, self.tensor.device
+
     def local(self, tensor: Tensor) -> Tensor:
         return tensor.view(-1)
 

@@ -1,7 +1,11 @@
-"""What `attach` asks a framework: a file under frameworks/ answers with one subclass of `Framework`."""
+"""What `attach` asks a framework: a file under frameworks/ answers with one subclass of `Framework`.
+
+Private to torch and read here only: ``torch.distributed.checkpoint.state_dict._init_optim_state``.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -58,6 +62,9 @@ class Attachment:
     optimizers: Sequence[Optimizer]
     config: AGCConfig
 
+    # Whether an engine fills the optimizers, and knows by itself what they hold.
+    by_engine: ClassVar[bool] = False
+
     def attached(self, hook: Any) -> None:
         """AGC is on; ``hook`` is its handle."""
 
@@ -83,6 +90,19 @@ def read(owner: Any, attribute: str, library: str, version: str, supported: str)
             f"dist_agc reads {type(owner).__name__}.{attribute}, which {library} {version} does not have; supported is "
             f"{supported}."
         ) from None
+
+
+def makes_state() -> bool:
+    """Whether torch.distributed.checkpoint makes the state of an optimizer now, by a step with zero gradients.
+
+    There is nothing to clip, and it is done by whichever ranks ask for the state: perhaps one alone.
+    """
+    module = sys.modules.get("torch.distributed.checkpoint.state_dict")
+    code = getattr(getattr(module, "_init_optim_state", None), "__code__", None)
+    frame = None if code is None else sys._getframe(1)
+    while frame is not None and frame.f_code is not code:
+        frame = frame.f_back
+    return frame is not None
 
 
 def is_a(thing: object, *names: str) -> bool:

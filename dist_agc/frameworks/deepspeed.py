@@ -89,6 +89,8 @@ class _Engine(Attachment):
     engine: Any
     norm_clipping: bool | None
 
+    by_engine: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         self._known = {id(p.tensor) for p in self.parameters}
         self._norm_clip, self._load = norm_clip(self.engine), self.engine.load_checkpoint

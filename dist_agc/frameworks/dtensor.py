@@ -17,7 +17,7 @@ from torch.distributed.tensor.placement_types import Partial, Replicate, Shard
 
 from ..model.blocks import Axis, Pieces, sharded
 from ..model.names import Entry
-from ..model.parameter import Parameter
+from ..model.parameter import Parameter, Unknown
 from ..model.units import UnitRule
 from .base import Framework, group_axis
 
@@ -118,7 +118,7 @@ class Sharded(Parameter):
             raise ValueError(f"parameter {self.name!r} with placements {self.tensor.placements}: {error}.") from None
 
 
-def _sharded(entry: Entry, reduced: Container[int]) -> Sharded:
+def _sharded(entry: Entry, reduced: Container[int]) -> Sharded | Unknown:
     """``reduced``: ids of the parameters of FSDP2 modules."""
     tensor: Any = entry.tensor
     mesh, cuts, copies = tensor.device_mesh, [], []
@@ -126,10 +126,11 @@ def _sharded(entry: Entry, reduced: Container[int]) -> Sharded:
         placement = tensor.placements[axis]
         copied = isinstance(placement, Replicate)
         if not copied and not isinstance(placement, Shard) and type(placement).__name__ != "_StridedShard":
-            raise ValueError(
-                f"parameter {entry.name!r} has the placement {placement!r}; expected Shard or Replicate on mesh axis "
-                f"{axis}: dist_agc cannot tell which rank holds which elements. Redistribute it to Shard or Replicate."
+            problem = (
+                f"has the placement {placement!r}; expected Shard or Replicate on mesh axis {axis}: dist_agc cannot "
+                "tell which rank holds which elements. Redistribute it to Shard or Replicate, or exclude it"
             )
+            return Unknown.of(entry, problem=problem)
         if mesh.size(axis) > 1 and mesh.get_coordinate() is not None:
             ranks = group_axis(mesh.get_group(axis))
             if copied:

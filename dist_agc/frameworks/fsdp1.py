@@ -15,12 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from ..model.names import Entry, Owners, held_by, joined, module_paths
-from ..model.parameter import Parameter
+from ..model.parameter import Parameter, Unknown
 from ..model.units import UnitRule
 from ._flat import ALONE, FlatInterval, Span
 from .base import Framework, group_axis, is_a, read
 
 _CLASS = "FullyShardedDataParallel"
+_OVER_DTENSOR = (
+    "is tensor-parallel under FSDP1, and dist_agc does not support FSDP1 over DTensors: the flat parameter does not "
+    "say how the other mesh axis cuts a row. Use FSDP2 (fully_shard) with tensor parallel, or exclude it"
+)
 _METADATA = (  # of a flat parameter
     *("_param_infos", "_shapes", "_strides", "_numels", "_numels_with_padding", "_is_padding_mask"),
     *("_shared_param_infos", "_param_extensions", "_sharded_size", "_params"),
@@ -109,12 +113,8 @@ def _parameters(
         return
     flat: Any = _read(handle, "flat_param")
     meta = {attribute: _read(flat, attribute) for attribute in _METADATA}
-    if any(extension is not None for extension in meta["_param_extensions"]):
-        raise ValueError(
-            "FSDP1 over tensor-parallel DTensors is not supported by dist_agc: its flat parameters do not say how "
-            "the other mesh axis cuts a row. Use FSDP2 (fully_shard) with tensor parallel."
-        )
     originals = meta["_params"]  # None without use_orig_params
+    over = meta["_param_extensions"]  # by parameter, what is known of the DTensor that it was; None: it was plain
     sharded = bool(_read(handle, "uses_sharded_strategy"))
     axis, copies = group_axis(_read(handle, "process_group")), ()
     if not sharded:
@@ -122,7 +122,11 @@ def _parameters(
     elif "HYBRID" in _read(module, "sharding_strategy").name:
         copies = (group_axis(_read(module, "_inter_node_pg")),)
     if originals is not None and not sharded:
-        yield from (_Whole.of(known[id(p)], copies=copies) for p in originals if id(p) in known)
+        for p, whole in zip(originals, over, strict=True):
+            if id(p) in known and whole is None:
+                yield _Whole.of(known[id(p)], copies=copies)
+            elif id(p) in known:
+                yield Unknown.of(known[id(p)], whole.shape, problem=_OVER_DTENSOR)
         return
     held = meta["_sharded_size"].numel() if sharded else flat.numel()
     starts = itertools.accumulate(meta["_numels_with_padding"], initial=0)
@@ -132,8 +136,12 @@ def _parameters(
         if originals is not None:  # a tensor of its own, of which it fills all
             span, tensor = replace(span, offset=0), originals[i]
             entry = known.get(id(tensor))
+        entry = entry or _entry(info, tensor, meta, paths)
+        if over[i] is not None:
+            yield Unknown.of(entry, over[i].shape, problem=_OVER_DTENSOR)
+            continue
         yield FlatShard.of(
-            entry or _entry(info, tensor, meta, paths),
+            entry,
             meta["_shapes"][i],
             copies=copies,
             span=span,

@@ -1,15 +1,21 @@
-"""Plain tensors: every rank holds all of the parameter, as in DDP and in one process."""
+"""Plain tensors: every rank holds all of the parameter, as in DDP and in one process.
+
+Private to torch and read here only: ``DistributedDataParallel._join_config``, which says whether `join` is on.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
+from weakref import ref
 
+import torch
 from torch import Tensor, nn
 
-from ..model.blocks import Axis
 from ..model.names import Entry
 from ..model.parameter import Parameter
-from .base import Framework, group_axis, is_a
+from .base import Framework, group_axis, is_a, read
 
 _NOT_FINAL = "DistributedDataParallel reduces gradients after the hooks of their parameters"
 
@@ -19,7 +25,7 @@ class Plain(Framework):
 
     def claim(self, model: nn.Module | None, entries: Sequence[Entry]) -> tuple[list[Parameter], list[Entry]]:
         copies = {} if model is None else _copied(model)
-        return [Parameter.of(entry, copies=copies.get(id(entry.tensor), ())) for entry in entries], []
+        return [Parameter.of(entry, **copies.get(id(entry.tensor), {})) for entry in entries], []
 
     def not_in_backward(self, module: nn.Module) -> str | None:
         # The second is what torch.distributed._composable.replicate makes of a module's class.
@@ -34,12 +40,21 @@ def not_in_backward_of(parameters: Sequence[Tensor], things: Sequence[object]) -
     return _NOT_FINAL if any(id(p) in ours for p in held) else None
 
 
-def _copied(model: nn.Module) -> dict[int, tuple[Axis, ...]]:
-    """The ranks among which DistributedDataParallel keeps copies of a parameter, by its ``id``."""
+def _copied(model: nn.Module) -> dict[int, dict[str, Any]]:
+    """By ``id``, what a `Parameter` says of one of which DistributedDataParallel keeps copies."""
     wrappers = [m for m in model.modules() if isinstance(m, nn.parallel.DistributedDataParallel)]
     return {
-        id(parameter): (axis,)
+        id(parameter): {"copies": (axis,), "uneven": partial(_joins, ref(wrapper))}
         for wrapper, axis in [(w, group_axis(w.process_group)) for w in wrappers]
         for name, parameter in wrapper.module.named_parameters()
         if name not in wrapper.parameters_to_ignore
     }
+
+
+def _joins(wrapper: ref[nn.parallel.DistributedDataParallel]) -> bool:
+    """Whether `join` is on for a wrapper: since its ranks entered one, and until they enter one that is switched off.
+
+    It is the same on all of them, whichever batches they have left.
+    """
+    found = wrapper()
+    return found is not None and read(found, "_join_config", "torch", torch.__version__, "torch 2.6 to 2.13").enable

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
-
-import torch.distributed as dist
 
 from ..attach import AGCHook
 from ..clipper import Clipper
@@ -42,7 +39,7 @@ class CallbackBase:
 
     @property
     def stats(self) -> ClipStats | None:
-        """The statistics of the last step; None before the first."""
+        """The statistics of the last step, empty and false before the first; None before training begins."""
         return None if self.hook is None else self.hook.stats
 
     def _per_parameter(self, step: int) -> bool:
@@ -54,15 +51,9 @@ class CallbackBase:
             self.hook.remove()
 
 
-def announce(clipper: Clipper, *, sharding_asked: bool = False) -> None:
-    """Log which layout was found. Warn where the user asked the framework to shard parameters and none is sharded."""
-    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    if rank != 0:
-        return
-    found = Counter(p.framework for p in clipper.parameters)
-    listed = "; ".join(f"{count} parameters {kind}" for kind, count in found.items())
-    logger.info("AGC on %d process%s: %s. %s", ranks, "" if ranks == 1 else "es", listed, clipper.config)
-    if sharding_asked and set(found) == {Parameter.framework}:
+def warn_unsharded(clipper: Clipper) -> None:
+    """Warn where the user asked the framework to shard parameters and none is sharded."""
+    if {p.framework for p in clipper.parameters} == {Parameter.framework}:
         logger.warning(
             "FSDP was asked for, but every parameter is whole on every rank: the framework fell back to DDP "
             "(Accelerate does so on CPU). AGC clips all the same."

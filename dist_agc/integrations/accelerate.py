@@ -12,12 +12,11 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from torch import nn
-
 from ..attach import AGCHook
 from ..attach import attach as _attach
 from ..config import AGCConfig
-from ._common import announce, needed
+from ..frameworks import Model, modules
+from ._common import needed, warn_unsharded
 
 with needed("accelerate", "accelerate"):
     from accelerate import Accelerator
@@ -25,7 +24,7 @@ with needed("accelerate", "accelerate"):
 
 
 def attach(
-    accelerator: Accelerator, model: nn.Module, optimizer: Any = None, config: AGCConfig | None = None, **options: Any
+    accelerator: Accelerator, model: Model, optimizer: Any = None, config: AGCConfig | None = None, **options: Any
 ) -> AGCHook:
     """Clip inside every real optimizer step, under whatever Accelerate was configured for.
 
@@ -35,8 +34,8 @@ def attach(
 
     Args:
         accelerator: the one that prepared the model.
-        model, optimizer: what ``accelerator.prepare`` returned; a list of optimizers is allowed. A model that you have
-            sharded yourself: what ``accelerator.prepare_model(model, evaluation_mode=True)`` returned.
+        model, optimizer: what ``accelerator.prepare`` returned; lists of models and of optimizers are allowed. A model
+            that you have sharded yourself: what ``accelerator.prepare_model(model, evaluation_mode=True)`` returned.
         config, options: as for `dist_agc.attach`.
 
     Raises:
@@ -49,12 +48,15 @@ def attach(
     for one in optimizers:
         if not isinstance(one, AcceleratedOptimizer):
             raise ValueError(f"the {type(one).__name__} was not prepared: give what accelerator.prepare returned.")
-    if not getattr(model, "_is_accelerate_prepared", False):
+    for one in modules(model) or [model]:
+        if getattr(one, "_is_accelerate_prepared", False):
+            continue
         raise ValueError(
-            f"the {type(model).__name__} was not prepared: give what accelerator.prepare returned, or, for a model "
+            f"the {type(one).__name__} was not prepared: give what accelerator.prepare returned, or, for a model "
             "that you have sharded yourself, accelerator.prepare_model(model, evaluation_mode=True)."
         )
     # A DeepSpeed engine has one optimizer, which attach takes as it is.
     hook = _attach(model, optimizers[0] if len(optimizers) == 1 else optimizer, config, **options)
-    announce(hook.clipper, sharding_asked=os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true")
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        warn_unsharded(hook.clipper)
     return hook

@@ -13,7 +13,7 @@ from typing import Any
 from ..attach import AGCHook
 from ..clipper import Clipper
 from ..config import AGCConfig
-from ._common import CallbackBase, announce, needed
+from ._common import CallbackBase, needed
 from ._common import logger as log
 
 with needed("MosaicML Composer", "composer"):  # other packages are called composer too
@@ -50,7 +50,6 @@ class AGC(CallbackBase, Algorithm):
     def apply(self, event: Event, state: State, logger: Logger) -> None:
         if event == Event.FIT_START:
             self.hook = AGCHook(Clipper(state.model, self.config))
-            announce(self.hook.clipper)
             if any(type(other).__name__ == "GradientClipping" for other in state.algorithms):
                 log.warning("GradientClipping runs beside AGC: AGC takes its place, leave one of them out.")
             return
@@ -58,5 +57,5 @@ class AGC(CallbackBase, Algorithm):
         for optimizer in state.optimizers:
             self.hook.clip(optimizer)
         batch = int(state.timestamp.batch)
-        if self.stats is not None and self.log_every and batch % self.log_every == 0:
+        if self.stats and self.log_every and batch % self.log_every == 0:
             logger.log_metrics(self.stats.as_dict(per_parameter=self._per_parameter(batch)))

@@ -16,7 +16,7 @@ from typing import Any
 
 from ..attach import AGCHook, attach
 from ..frameworks.deepspeed import BLOCK, read_block
-from ._common import needed
+from ._common import logger, needed
 
 
 def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
@@ -51,6 +51,8 @@ def initialize(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any, Any]:
     engine.agc = None
     if _asked(engine):
         attach(engine)
+    else:
+        logger.info('AGC is off: the DeepSpeed config has no block "%s", or switches it off.', BLOCK)
     return made
 
 

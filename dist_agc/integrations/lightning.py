@@ -16,7 +16,7 @@ from ..attach import AGCHook, attach
 from ..clipper import Clipper
 from ..config import AGCConfig
 from ..frameworks import unwrapped
-from ._common import CallbackBase, announce, needed, warn_norm_clipping
+from ._common import CallbackBase, needed, warn_norm_clipping, warn_unsharded
 
 with needed("lightning", "lightning"):
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -50,7 +50,8 @@ class AGCCallback(CallbackBase, Callback):
             self.hook = attach(model, config=self.config)
         else:
             self.hook = AGCHook(Clipper(model, self.config))
-        announce(self.hook.clipper, sharding_asked="FSDP" in type(trainer.strategy).__name__)
+        if "FSDP" in type(trainer.strategy).__name__:
+            warn_unsharded(self.hook.clipper)
         if trainer.gradient_clip_val and not self._in_engine:
             warn_norm_clipping("gradient_clip_val", trainer.gradient_clip_val, "leave it out", agc_first=True)
 
@@ -62,7 +63,7 @@ class AGCCallback(CallbackBase, Callback):
             scaler = getattr(trainer.precision_plugin, "scaler", None) if unscales else None
             self.hook.clip(unwrapped(optimizer), None if scaler is None else scaler.get_scale())
         # Under DeepSpeed this comes before engine.step(), so what is logged there is the step before.
-        if self.stats is not None:
+        if self.stats:
             # Tensors and not floats: Lightning decides itself when to wait for the device.
             per_parameter = self._per_parameter(trainer.global_step + 1)
             pl_module.log_dict(self.stats._as_tensors(per_parameter=per_parameter))

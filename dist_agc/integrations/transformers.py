@@ -14,7 +14,7 @@ from typing import Any
 
 from ..attach import attach
 from ..config import AGCConfig
-from ._common import CallbackBase, announce, logger, needed, warn_norm_clipping
+from ._common import CallbackBase, logger, needed, warn_norm_clipping, warn_unsharded
 
 with needed("transformers", "transformers"):
     from transformers import Trainer, TrainerCallback
@@ -76,11 +76,12 @@ class AGCCallback(CallbackBase, TrainerCallback):
             )
         else:
             self.hook = attach(model, trainer.optimizer, self.config)  # type: ignore[arg-type]
-        announce(self.hook.clipper, sharding_asked=trainer.is_fsdp_enabled or bool(args.fsdp))
+        if trainer.is_fsdp_enabled or args.fsdp:
+            warn_unsharded(self.hook.clipper)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         # Without a loss: the logs of an evaluation, the summary at the end.
-        if self.stats is not None and logs is not None and "loss" in logs:
+        if self.stats and logs is not None and "loss" in logs:
             values = self.stats.as_dict(per_parameter=self._per_parameter(state.global_step))
             logs.update(values)
             state.log_history[-1].update(values)

@@ -117,10 +117,10 @@ def last_linear(model: nn.Module) -> str:
     return f"{glob.escape(paths[-1])}.*" if paths[-1] else "*"
 
 
-def matching(pattern: str, names: Sequence[tuple[str, ...]], setting: str) -> list[int]:
-    """The indices of the parameters of which any name matches the glob ``pattern``; ValueError where none does."""
+def matching(pattern: str, names: Sequence[tuple[str, ...]], setting: str, *, checked: bool = True) -> list[int]:
+    """The indices of the parameters of which any name matches the glob; ValueError where none does, if ``checked``."""
     hits = [i for i, of_one in enumerate(names) if any(fnmatchcase(name, pattern) for name in of_one)]
-    if not hits:
+    if checked and not hits:
         raise ValueError(f"{setting}: {pattern!r} matches no parameter; {near(pattern, chain(*names))}")
     return hits
 

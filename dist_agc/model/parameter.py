@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -31,6 +31,7 @@ class Parameter:
         default: the unit rule that its module gives it, so that nothing depends on the module later.
         copies: along which axes every rank holds the same. Nothing is sent along them but the one check that ranks
             agree, because copies that are clipped differently drift apart.
+        uneven: says whether ranks of ``copies`` may have run out of batches, and stay away from a step.
     """
 
     names: tuple[str, ...]
@@ -38,6 +39,7 @@ class Parameter:
     shape: tuple[int, ...]
     default: UnitRule
     copies: tuple[Axis, ...] = ()
+    uneven: Callable[[], bool] | None = None
 
     framework: ClassVar[str] = "whole on every rank (plain or DDP)"
 
@@ -47,6 +49,20 @@ class Parameter:
         shape = tuple(entry.tensor.shape if shape is None else shape)
         given = {"names": entry.names, "tensor": entry.tensor, "default": default_rule(shape, entry.owners)}
         return cls(shape=shape, **given | fields)
+
+    def now_in(self, tensor: Tensor) -> Parameter:
+        """This parameter in the tensor that has taken the place of its own, or in its own, which may have grown.
+
+        The same dims number its units. One that is spread over ranks knows by itself how its tensor may lie.
+        """
+        if tensor is self.tensor and (type(self) is not Parameter or tensor.shape == self.shape):
+            return self
+        assert type(self) is Parameter, f"{self.name!r} is spread over ranks"
+        shape, rule = tuple(tensor.shape), self.default
+        if shape != self.shape:
+            alike = len(shape) == len(rule.shape) and rule.split is None
+            rule = replace(rule, shape=shape) if alike else default_rule(shape)
+        return replace(self, tensor=tensor, shape=shape, default=rule)
 
     @property
     def name(self) -> str:
@@ -61,6 +77,10 @@ class Parameter:
     def trains(self) -> bool:
         """Whether an optimizer would step it: torch steps whatever holds a gradient, frozen or not."""
         return self.tensor.requires_grad or self.tensor.grad is not None
+
+    def lies(self) -> tuple[object, ...]:
+        """What a plan depends on beside the structure: where this changes, it has to be made anew."""
+        return self.tensor.shape, self.tensor.dtype, self.tensor.device
 
     def local(self, tensor: Tensor) -> Tensor:
         """The plain local tensor of ``tensor`` or of its gradient. Raises ValueError where it cannot be had now."""
@@ -100,14 +120,26 @@ class Parameter:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Unknown(Parameter):
-    """A parameter that cannot be clipped; an error only where it is trained (quantised base weights are not)."""
+    """A parameter that cannot be clipped; an error only where it is trained and AGC governs it.
+
+    Quantised base weights do not train, and ``exclude`` is a way out for all others.
+    """
 
     problem: str  # to go on after the parameter's name
 
     framework: ClassVar[str] = "of a kind that dist_agc cannot clip"
 
+    @property
+    def error(self) -> ValueError:
+        return ValueError(f"parameter {self.name!r} {self.problem}.")
+
+    def lies(self) -> tuple[object, ...]:
+        return (type(self.tensor),)  # a lazy one has no shape, and is of another class once it has
+
     def local(self, tensor: Tensor) -> Tensor:
-        raise ValueError(f"parameter {self.name!r} {self.problem}.")
+        raise self.error
 
     def pieces(self, rule: UnitRule | None) -> Pieces:
-        raise ValueError(f"parameter {self.name!r} {self.problem}.")
+        if rule is None:
+            return Pieces(())
+        raise self.error

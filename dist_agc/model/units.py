@@ -109,10 +109,10 @@ class UnitRule:
         return math.prod(shape[:a]), math.prod(shape[a:b]), math.prod(shape[b:c]), math.prod(shape[c:])
 
 
-def unit_rules(parameters: Sequence[Parameter], config: AGCConfig) -> list[UnitRule | None]:
+def unit_rules(parameters: Sequence[Parameter], config: AGCConfig, *, checked: bool = True) -> list[UnitRule | None]:
     """One rule per parameter, in order; None where ``config.exclude`` leaves the parameter alone.
 
-    Raises ValueError where a pattern matches nothing, or an override does not fit the parameter's shape.
+    Raises ValueError where a pattern matches nothing (if ``checked``), or an override does not fit a parameter's shape.
     """
     names = [p.names for p in parameters]
     rules = [p.default for p in parameters]
@@ -121,8 +121,8 @@ def unit_rules(parameters: Sequence[Parameter], config: AGCConfig) -> list[UnitR
     elif isinstance(config.units, dict):
         for pattern, dims in config.units.items():
             assert isinstance(dims, tuple)  # AGCConfig made it one
-            for i in matching(pattern, names, "units"):
+            for i in matching(pattern, names, "units", checked=checked):
                 said = f"parameter {parameters[i].name!r}: units[{pattern!r}]"
                 rules[i] = rules[i].overridden(dims, said).because(f"units[{pattern!r}]")
-    excluded = {i for pattern in config.exclude for i in matching(pattern, names, "exclude")}
+    excluded = {i for pattern in config.exclude for i in matching(pattern, names, "exclude", checked=checked)}
     return [None if i in excluded else rule for i, rule in enumerate(rules)]

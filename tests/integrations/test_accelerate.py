@@ -121,7 +121,31 @@ def test_what_was_not_prepared_is_refused() -> None:
         attach(accelerator, net, optimizer)
     with pytest.raises(ValueError, match="Net was not prepared.*evaluation_mode=True"):
         attach(accelerator, net, accelerator.prepare(optimizer))
-    assert attach(accelerator, *accelerator.prepare(net, optimizer)).stats is None
+    with pytest.raises(ValueError, match="Net was not prepared"):
+        attach(accelerator, [accelerator.prepare(workload.model()), net], accelerator.prepare(optimizer))
+    assert not attach(accelerator, *accelerator.prepare(net, optimizer)).stats
+
+
+def test_two_models_in_one_optimizer() -> None:
+    """diffusers #9302: the second model trained unclipped."""
+    import accelerate
+
+    import dist_agc
+    from dist_agc.integrations.accelerate import attach
+
+    first, second = workload.model(), torch.nn.Linear(4, 3)
+    accelerator = accelerate.Accelerator(cpu=True)
+    optimizer = torch.optim.SGD([*first.parameters(), *second.parameters()], lr=0.1)
+    first, second, optimizer = accelerator.prepare(first, second, optimizer)
+    with pytest.warns(UserWarning, match=r"does not clip 2 tensors of shape \(3, 4\), \(3,\)"):
+        attach(accelerator, first, optimizer).remove()
+    hook = attach(accelerator, [first, second], optimizer, clipping_threshold=1e-3)
+    for parameter in (*first.parameters(), *second.parameters()):
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    stats = dist_agc.apply_agc(first)
+    assert stats is not None and hook.stats.units == stats.units + 4
+    assert float(second.weight.grad.norm()) < 0.01
 
 
 if __name__ == "__main__":
