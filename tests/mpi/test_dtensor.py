@@ -327,6 +327,7 @@ def test_pending_sums_stay_where_nothing_is_clipped(world: Any) -> None:
     assert torch.equal(share_of(layer.weight), shares[world.rank])
 
 
+@pytest.mark.filterwarnings("ignore:exclude=.* leaves out every parameter")
 def test_pending_sums_of_excluded_parameters_stay_for_the_optimizer(world: Any) -> None:
     layer, shares = pending_sums(world, Replicate())
     stats = agc(layer, clipping_threshold=0.5, exclude="weight")
