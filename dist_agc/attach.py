@@ -124,7 +124,7 @@ class AGCHook:
         raise TypeError("an AGCHook cannot be copied or pickled: attach to the copies, attach(model, optimizer).")
 
     def __repr__(self) -> str:
-        return self._described("\n  ") + f"\n  {self.steps} steps clipped so far"
+        return self._described("\n  ") + f"\n  steps clipped so far: {self.steps}"
 
     def _described(self, between: str) -> str:
         ranks = dist.get_world_size() if dist.is_initialized() else 1

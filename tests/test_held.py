@@ -411,7 +411,7 @@ def test_what_a_handle_prints(model: nn.Sequential) -> None:
         "3 parameters whole on every rank",
         "2 governed (13 units, those of 0 guessed), 1 excluded, 1 frozen",
         "clipping_threshold=0.25",
-        "1 steps clipped so far",
+        "steps clipped so far: 1",
     ):
         assert part in text
 

@@ -4,7 +4,7 @@
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     hook = attach(accelerator, model, optimizer, clipping_threshold=0.01, exclude=("head.*",))
 
-``dist_agc.attach(model, optimizer)`` does too. This one also checks what it is given and logs which layout it found.
+``dist_agc.attach(model, optimizer)`` does too. This one also checks what it is given.
 """
 
 from __future__ import annotations
