@@ -93,6 +93,12 @@ def _cut(model: nn.Module, mesh: DeviceMesh) -> None:
         setattr(*entry.owners[0], made)
 
 
+class _InEngine(Attachment):
+    """What optimizers hold is the engine's affair; its norm clip is set from outside."""
+
+    by_engine = True
+
+
 class Engine:
     """A DeepSpeed engine that is given its gradients, so that it needs no forward pass. Its weights stay as they are:
     Adam does all of its work at a learning rate of 0."""
@@ -109,7 +115,7 @@ class Engine:
             self._hook.remove()
         self._hook = None
         if clipper is not None:
-            self._hook = AGCHook(clipper, Attachment(clipper.parameters, self.optimizers, clipper.config))
+            self._hook = AGCHook(clipper, _InEngine(clipper.parameters, self.optimizers, clipper.config))
         deepspeed.set_norm_clip(self.engine, norm)
         backward_without_forward(self.engine, list(self.engine.module.parameters()), self.gradients)
 
