@@ -186,6 +186,11 @@ def attach(
         raise ValueError(f"during_backward=True is not for {name}: AGC runs inside of engine.step() there.")
     else:
         attachment = framework.attachment(model, frameworks.unwrapped(optimizer), config, options)
+    if nowhere := [p.name for p in attachment.parameters if p.trains and p.tensor.is_meta]:
+        raise ValueError(
+            f"parameter {nowhere[0]!r} is on the meta device, and has no weights yet: attach when the model has been "
+            "moved to where it trains, and make the optimizer from its parameters there."
+        )
     models = [] if attachment.by_engine else frameworks.modules(model)
     clipper = Clipper.of(attachment.parameters, attachment.config, models)
     for one in attachment.optimizers:

@@ -88,11 +88,6 @@ class Clipper:
         idle = {i: p for i, p in enumerate(parameters) if not p.trains and id(p.tensor) not in trained}
         pairs = [pair for i, pair in enumerate(zip(parameters, rules, strict=True)) if i not in idle]
         for p, rule in pairs:
-            if p.tensor.is_meta:
-                raise ValueError(
-                    f"parameter {p.name!r} is on the meta device, and has no weights yet: attach when the model has "
-                    "been moved to where it trains, and make the optimizer from its parameters there."
-                )
             p.pieces(rule)  # here, so that what cannot be cut into its units is told at once
         _tell_guesses([(p, rule) for p, rule in pairs if id(p.tensor) not in self._held])
         self.parameters, self.rules, self._idle, self._executions = list(parameters), rules, idle, {}
