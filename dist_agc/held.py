@@ -96,11 +96,11 @@ class Holdings:
         holds = self._clipper.holds
         if not all(map(holds, tensors)):
             self._clipper.renew()
-        if not all(map(holds, tensors)):
-            self._clipper.renew(self._replaced(now, before or []))
         if before is None:
             self.begin(optimizer)
             return tensors
+        if replaced := self._replaced(now, before):
+            self._clipper.renew(replaced)
         if tensors and not any(map(holds, tensors)):
             raise ValueError(
                 f"the optimizer {type(optimizer).__name__} holds none of the parameters that AGC was attached to, so "

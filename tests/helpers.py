@@ -1,5 +1,6 @@
 """Between a torch model, sharded or not, and the oracle: gather, compare, count collectives."""
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -185,3 +186,13 @@ def storages(model: nn.Module) -> dict[str, int]:
             local = p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad
             found[name] = local.data_ptr()
     return found
+
+
+@contextmanager
+def told(*messages: str) -> Iterator[None]:
+    """These warnings of ours, in this order, and no other."""
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        yield
+    ours = [str(w.message) for w in seen if "dist_agc" in str(w.message)]
+    assert len(ours) == len(messages) and all(a in b for a, b in zip(messages, ours, strict=True)), ours

@@ -3,9 +3,6 @@
 Several ranks: tests/mpi/test_excluded_ranks.py.
 """
 
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -15,7 +12,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 import dist_agc
 import oracle
-from helpers import assert_clipped, assert_some_clipped, assert_stats, full, median_threshold, noisy_grads
+from helpers import assert_clipped, assert_some_clipped, assert_stats, full, median_threshold, noisy_grads, told
 
 SAID = "grad_norm is without the gradients of"
 
@@ -45,16 +42,6 @@ def expected_of(model: nn.Module, rules: dict[str, oracle.Units], threshold: flo
     weights = {name: full(p) for name, p in chosen.items()}
     grads = {name: None if p.grad is None else full(p.grad) for name, p in chosen.items()}
     return oracle.clip(weights, grads, rules, threshold, exclude=odd)
-
-
-@contextmanager
-def told(*messages: str) -> Iterator[None]:
-    """These warnings of ours, in this order, and no other."""
-    with warnings.catch_warnings(record=True) as seen:
-        warnings.simplefilter("always")
-        yield
-    ours = [str(w.message) for w in seen if "dist_agc" in str(w.message)]
-    assert len(ours) == len(messages) and all(a in b for a, b in zip(messages, ours, strict=True)), ours
 
 
 def check_others(model: nn.Module, stats: Any, expected: oracle.Reference) -> None:

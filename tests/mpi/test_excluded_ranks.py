@@ -1,8 +1,5 @@
 """``exclude`` as a way out on several ranks: layouts that dist_agc does not know; one process: test_excluded.py."""
 
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -15,22 +12,20 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 import dist_agc
 import oracle
 from conftest import World
-from helpers import assert_equal_everywhere, assert_some_clipped, assert_stats, full, median_threshold, noisy_grads
+from helpers import (
+    assert_equal_everywhere,
+    assert_some_clipped,
+    assert_stats,
+    full,
+    median_threshold,
+    noisy_grads,
+    told,
+)
 from parity import distribute
 
 pytestmark = [pytest.mark.mpi(min_size=2), pytest.mark.filterwarnings("ignore:.*(FSDP|NO_SHARD)")]
 
 SAID = "grad_norm is without the gradients of"
-
-
-@contextmanager
-def told(*messages: str) -> Iterator[None]:
-    """These warnings of ours, in this order, and no other."""
-    with warnings.catch_warnings(record=True) as seen:
-        warnings.simplefilter("always")
-        yield
-    ours = [str(w.message) for w in seen if "dist_agc" in str(w.message)]
-    assert len(ours) == len(messages) and all(a in b for a, b in zip(messages, ours, strict=True)), ours
 
 
 class Beside:

@@ -73,6 +73,25 @@ def clipping(way: str, model: nn.Module, optimizer: torch.optim.Optimizer) -> Cl
     return clip
 
 
+def check_steps_of_all(
+    world: World,
+    model: nn.Module,
+    twin: Twin,
+    optimizer: torch.optim.Optimizer,
+    clip: Clip,
+    *,
+    steps: tuple[int, ...],
+) -> None:
+    """Steps for which every rank has a batch again."""
+    for step in steps:
+        optimizer.zero_grad()
+        loss(model, step, world.rank).backward()
+        stats = clip()
+        twin.step(step, range(world.size))
+        assert_stats(stats, twin.last, tolerance=1e-4)
+    assert worst_distance(full_weights(model), full_weights(twin.model)) <= 1e-5
+
+
 @pytest.mark.parametrize("way", ["attach", "Clipper", "apply_agc"])
 def test_a_rank_that_has_no_batch_at_all(world: World, way: str) -> None:
     """Two epochs within `join`, the last rank without a batch in the first, then steps of all ranks."""
@@ -89,13 +108,7 @@ def test_a_rank_that_has_no_batch_at_all(world: World, way: str) -> None:
         for step in range(first, first + 3):
             twin.step(step, range(world.size if step < first + uneven else last))
         assert worst_distance(full_weights(model), full_weights(twin.model)) <= 1e-5
-    for step in (6, 7):
-        optimizer.zero_grad()
-        loss(model, step, world.rank).backward()
-        stats = clip()
-        twin.step(step, range(world.size))
-        assert_stats(stats, twin.last, tolerance=1e-4)
-    assert worst_distance(full_weights(model), full_weights(twin.model)) <= 1e-5
+    check_steps_of_all(world, model, twin, optimizer, clip, steps=(6, 7))
 
 
 @pytest.mark.parametrize("way", ["attach", "Clipper", "apply_agc"])
@@ -124,13 +137,7 @@ def test_a_layer_that_is_thawed_while_a_rank_has_joined(world: World, way: str, 
         twin.model[0].requires_grad_(step > common)
         twin.step(step, range(world.size if step == common else last))
     model.module.get_submodule("0").requires_grad_(True)
-    for step in (7, 8):
-        optimizer.zero_grad()
-        loss(model, step, world.rank).backward()
-        stats = clip()
-        twin.step(step, range(world.size))
-        assert_stats(stats, twin.last, tolerance=1e-4)
-    assert worst_distance(full_weights(model), full_weights(twin.model)) <= 1e-5
+    check_steps_of_all(world, model, twin, optimizer, clip, steps=(7, 8))
 
 
 def test_copies_are_agreed_on_once(world: World) -> None:
