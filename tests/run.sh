@@ -38,6 +38,7 @@ failed=0
 logs=$(mktemp -d)
 finish() {
   local status=$?
+  if [[ -n ${composer_env-} ]]; then kill "$composer_env" 2>/dev/null || true; fi
   rm -rf "$logs"
   if ((status != 0 && failed == 0)); then failed=1; fi
   echo "tests/run.sh:${stages} took $SECONDS s, exit code $status"
@@ -114,6 +115,7 @@ mpi() {
 }
 
 composer() {
+  wait "$composer_env" || { cat "$logs/composer-env" && return 1; }
   run_tests "$logs/composer" bash tests/mosaicml/run.sh "${pytest_args[@]}"
 }
 
@@ -122,6 +124,11 @@ coverage() {
   python -m coverage report
 }
 
+# Mostly waits for the network and the disk, so it is made beside all that comes before its tests.
+if [[ " $stages " == *" composer "* ]]; then
+  bash launch/composer-env.sh >"$logs/composer-env" 2>&1 &
+  composer_env=$!
+fi
 bash launch/setup.sh dev
 PATH=$PWD/.venv/bin:$PATH
 if [[ $stages == *unit* || $stages == *mpi* ]]; then python -m coverage erase; fi

@@ -195,14 +195,14 @@ def test_one_collective_per_group(layout: str, collectives: int, sent: list[int]
     assert sent == 2 * [axis.numel() for axis in axes]
 
 
-def test_reused_weight_norms_halve_the_payload(sent: list[int]) -> None:
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+def test_reused_weight_norms_are_sent_all_the_same(sent: list[int]) -> None:
+    """What a rank measures anew is its own affair, and the buffers of all ranks have one length."""
     accelerator = Accelerator(3, "fsdp1", weight_norm_interval=3, statistics=False)
     with accelerator.mode:
-        for _ in range(7):
+        for _ in range(4):
             accelerator.clipper.clip()
-    full = sent[0]
-    assert full > 0
-    assert sent == [full, full // 2, full // 2, full, full // 2, full // 2, full]
+    assert sent[0] > 0 and sent == 4 * sent[:1]
 
 
 class Multiplied(TorchDispatchMode):
@@ -282,20 +282,20 @@ def test_little_memory_beyond_16_bit_gradients(clipped: float) -> None:
 
 
 def test_weight_norms_are_measured_every_so_many_calls() -> None:
-    """Exact on every first call of an interval, also after weights changed; in between the old norms count."""
+    """Exact on every first call of an interval, and in the second of all, which shows how often an optimizer writes."""
     model = nn.Linear(6, 4, bias=False)
-    call = Clipper(model, clipping_threshold=0.01, weight_norm_interval=2).clip
+    call = Clipper(model, clipping_threshold=0.01, weight_norm_interval=3).clip
     with torch.no_grad():
         model.weight.fill_(1)
     norms = []
-    for factor in (1.0, 10.0, 10.0, 1.0):  # old norms at the second and at the fourth call
+    for factor in (1.0, 3.0, 10.0, 10.0, 1.0, 2.0):  # old norms at the third, the fifth and the sixth
         with torch.no_grad():
             model.weight.fill_(factor)
         model.weight.grad = torch.full_like(model.weight, 5.0)
         call()
         assert model.weight.grad is not None
         norms.append(float(model.weight.grad[0].norm() / (0.01 * 6**0.5)))
-    assert norms == pytest.approx([1.0, 1.0, 10.0, 10.0])
+    assert norms == pytest.approx([1.0, 3.0, 3.0, 10.0, 10.0, 10.0])
 
 
 def test_every_optimizer_keeps_the_weight_norms_of_its_own_parameters() -> None:

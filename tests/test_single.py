@@ -589,7 +589,7 @@ class TestStatistics:
         rules = oracle.unit_rules(model)
         weights: dict[str, Tensor] = {}
         for step in range(7):
-            if step % 3 == 0:
+            if step % 3 == 0 or step == 1:
                 weights = helpers.full_weights(model)
             model.zero_grad()
             backward(model, step)

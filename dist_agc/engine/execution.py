@@ -19,6 +19,7 @@ from ..model.parameter import Parameter, Unknown
 from ..model.units import UnitRule
 from ..rules.agc import AGC
 from ..stats import ClipStats
+from . import alike
 from .agreement import Once, agree
 from .collectives import all_reduce
 from .counts import ByParameter, Counts, Judged, Tally
@@ -56,6 +57,8 @@ class Execution:
         pairs = [(p, rule) for p, rule in pairs if p.name not in unread]
         self.plan = Plan([p for p, _ in pairs], [rule for _, rule in pairs])
         self._calls = 0
+        self._written: list[tuple[int, int]] = []  # where weights lay at the last call, and how often written by then
+        self._writes: list[int] | None = None  # how often between the two calls before this one
         self._bound: _Bound | None = None
 
     def clip(
@@ -69,10 +72,13 @@ class Execution:
         config = self.config
         default = config.clipping_threshold if clipping_threshold is None else clipping_threshold
         asked = (thresholds.get(id(p.tensor), default) for p in self.plan.parameters[: self.plan.governed])
+        first = self._bound is None
         weights, grads, bound = self._begin([math.inf if value is None else value for value in asked])
+        alike.look()
+        if first:
+            alike.compare(self.plan.parameters, weights, grads)
         complete = bound.shares.add_up(weights, grads)
-        fresh = self._calls % config.weight_norm_interval == 0
-        self._calls += 1
+        fresh = config.weight_norm_interval == 1 or self._measured_anew(weights)
         tally = Counts() if config.statistics else None
         bound.judge_all(weights if fresh else [], complete, grad_scale, tally)
         stats = None if tally is None else self._statistics(tally)
@@ -86,12 +92,23 @@ class Execution:
     def ratios(self, tally: Tally) -> Tensor:
         """Count units by ratio, one row for each governed parameter. Changes no gradient."""
         weights, grads, bound = self._begin([self.config.clipping_threshold] * self.plan.governed)
-        weight, squares = bound.weight.clone(), [axis.weight for axis in bound.axes]
+        weight = bound.weight.clone()
         bound.judge_all(weights, bound.shares.add_up(weights, grads), None, tally)
         bound.weight.copy_(weight)  # clipping goes on with the weight norms that it had
-        for axis, kept in zip(bound.axes, squares, strict=True):
-            axis.weight = kept
         return tally.rows[: self.plan.governed]
+
+    def _measured_anew(self, weights: Sequence[Tensor]) -> bool:
+        """Whether the interval is over, or someone beside the optimizer has written weights, as `load_state_dict` does.
+
+        An optimizer writes a weight equally often in every step. Each rank decides for itself what it measures.
+        """
+        before, self._written = self._written, [(w.data_ptr(), w._version) for w in weights]
+        moved = [now[0] != then[0] for now, then in zip(self._written, before, strict=False)]
+        writes = [now[1] - then[1] for now, then in zip(self._written, before, strict=False)]
+        over = self._calls % self.config.weight_norm_interval == 0
+        anew = over or any(moved) or writes != self._writes
+        self._calls, self._writes = self._calls + 1, writes if before else None
+        return anew
 
     def _begin(self, limits: list[float]) -> tuple[list[Tensor], list[Tensor | None], _Bound]:
         """Weights and gradients, checked. At the first call ranks compare what they have: most mistakes show here."""
@@ -249,7 +266,7 @@ class _Bound:
             tally.begin(judged, self._whole, self._excluded)
         for axis in self.axes:
             if axis.plan.slots or tally is not None:  # else the axis is there for the counts alone
-                axis.complete(bool(weights), tally)
+                axis.complete(tally)
             if axis.plan.slots:
                 axis.judge(tally)
 
@@ -278,24 +295,24 @@ class _BoundAxis:
         self._reported = slice(None) if everything else torch.tensor(plan.reported, dtype=torch.int64, device=device)
         self.limit = self.weight = self.grad = bound.zeros(0)
 
-    def complete(self, fresh: bool, tally: Tally | None) -> None:
-        """One all-reduce: sends squares of pieces and the counts so far, completes both."""
+    def complete(self, tally: Tally | None) -> None:
+        """One all-reduce: sends squares of pieces and the counts so far, completes both.
+
+        Weights that were not measured anew are sent all the same, because another rank may have measured its own.
+        """
         plan, bound, slots = self.plan, self._bound, self.plan.slots
         columns = 0 if tally is None else tally.columns
         width = columns * len(plan.reported)
-        buffer = bound.zeros(plan.numel(weights=fresh, columns=columns))
-        sizes = [slots if fresh else 0, slots, len(buffer) - (2 if fresh else 1) * slots]
+        buffer = bound.zeros(plan.numel(columns))
+        sizes = [slots, slots, len(buffer) - 2 * slots]
         weight, grad, counts = buffer.split(sizes)
         if slots:
             self._pack(bound.grad, [bound.axes[before].grad for before, _ in self._carried], grad)
-        if slots and fresh:
             self._pack(bound.weight, [bound.axes[before].weight for before, _ in self._carried], weight)
         if tally is not None:
             counts[:width] = tally.rows[self._reported].flatten()
             counts[width + plan.axis.rank] = tally.top
-        weight, self.grad, counts = all_reduce(buffer, plan.axis).split(sizes)
-        if fresh:
-            self.weight = weight
+        self.weight, self.grad, counts = all_reduce(buffer, plan.axis).split(sizes)
         if tally is not None:
             tally.rows[self._reported] = counts[:width].view(-1, columns).to(tally.rows.dtype)
             tally.top = counts[width:].amax()

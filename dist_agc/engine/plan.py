@@ -72,9 +72,9 @@ class AxisPlan:
     local: Slots  # the local units that are complete here (``source``), and the place of each in ``complete``
     reported: tuple[int, ...]  # parameters whose counts add up along this axis here
 
-    def numel(self, *, weights: bool = True, columns: int = STATISTICS) -> int:
-        """Numbers in the buffer. ``weights=False``: weight norms are reused. ``columns``: counts a parameter."""
-        return self.slots * (1 + weights) + (columns * len(self.reported) + self.axis.size if columns else 0)
+    def numel(self, columns: int = STATISTICS) -> int:
+        """Numbers in the buffer. ``columns``: counts a parameter."""
+        return 2 * self.slots + (columns * len(self.reported) + self.axis.size if columns else 0)
 
 
 # The cuts of one parameter by axis: its first slot there, and the units that are cut, in the order of their slots.
