@@ -17,7 +17,7 @@ from . import frameworks, steps
 from .clipper import Clipper
 from .config import AGCConfig
 from .frameworks import Model
-from .frameworks.base import Attachment, makes_state
+from .frameworks.base import Attachment, is_a, makes_state
 from .held import Holdings, group_thresholds, held, thresholds_watched
 from .in_backward import BackwardClipping, refuse_scaler
 from .stats import ClipStats
@@ -210,8 +210,17 @@ def _optimizers(given: Any) -> list[Optimizer]:
     if not found:
         raise ValueError("attach needs at least one optimizer, got an empty list.")
     for one in found:
+        if is_a(one, "CPUOffloadOptimizer"):  # torchao's
+            raise ValueError(
+                "a CPUOffloadOptimizer copies gradients to the host in backward, before its step: clip there, with "
+                "dist_agc.attach(model, during_backward=True) before the optimizer is made."
+            )
         if not isinstance(one, Optimizer):
-            raise TypeError(f"expected a torch.optim.Optimizer or a list of them, got {type(one).__name__}.")
+            inside = steps.inside(one)
+            raise TypeError(
+                f"expected a torch.optim.Optimizer or a list of them, got {type(one).__name__}."
+                + (f" Attach to the optimizer inside of it: optimizer.{inside}." if inside else "")
+            )
         if not hasattr(one, "_optimizer_step_pre_hooks"):
             inside = steps.inside(one)
             raise ValueError(

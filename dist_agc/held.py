@@ -53,10 +53,11 @@ def thresholds_watched(optimizer: Optimizer, default: float) -> Iterator[None]:
                     stacklevel=2,
                 )
 
-    handles = [
-        optimizer.register_load_state_dict_pre_hook(remember),
-        optimizer.register_load_state_dict_post_hook(compare),
-    ]
+    handles = []
+    # Some classes around an optimizer have the hooks of steps alone (pytorch_optimizer's Lookahead).
+    if hasattr(optimizer, "_optimizer_load_state_dict_pre_hooks"):
+        handles.append(optimizer.register_load_state_dict_pre_hook(remember))
+        handles.append(optimizer.register_load_state_dict_post_hook(compare))
     try:
         yield
     finally:

@@ -102,7 +102,7 @@ def unmark(optimizer: Optimizer) -> None:
     optimizer.defaults = dict(optimizer.defaults)
 
 
-def inside(optimizer: Optimizer, wanted: Optimizer | None = None) -> str | None:
+def inside(optimizer: object, wanted: Optimizer | None = None) -> str | None:
     """The attribute under which an optimizer keeps another one, any or the one that is ``wanted``."""
-    inner = {name: value for name, value in vars(optimizer).items() if isinstance(value, Optimizer)}
+    inner = {name: value for name, value in getattr(optimizer, "__dict__", {}).items() if isinstance(value, Optimizer)}
     return next((name for name, value in inner.items() if wanted in (None, value)), None)
