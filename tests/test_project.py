@@ -191,7 +191,7 @@ def test_the_console_knows_nothing_of_clipping(path: Path) -> None:
 
 @pytest.mark.parametrize("path", of_floors(["config", "stats", "rules", "model", "engine"]), ids=module_name)
 def test_the_mathematics_knows_no_processes(path: Path) -> None:
-    if module_name(path) not in ("dist_agc.engine.collectives", "dist_agc.engine.agreement"):
+    if module_name(path) not in ("dist_agc.engine.collectives", "dist_agc.engine.agreement", "dist_agc.engine.alike"):
         assert not [found for found in imported_by(path) if "distributed" in found]
 
 

@@ -104,8 +104,8 @@ def _warn(names: Sequence[str], here: int, there: int) -> None:
     warnings.warn(
         f"the gradients of {', '.join(map(repr, names[:3]))}{more} differ between rank {here} and rank {there}, whose "
         "weights are the same: AGC clips on each rank what that rank has. If the optimizer averages gradients over "
-        "ranks in its step, or nobody does, average them before that step (DistributedDataParallel does, in the last "
-        "backward). If these ranks are meant to train apart, all is well.",
+        "ranks in its step, or nobody does, average them before that step (DDP does, in the last backward). If these "
+        "ranks are meant to train apart, all is well.",
         UserWarning,
         stacklevel=2,
     )
