@@ -7,7 +7,8 @@ usage() {
   cat <<'END'
 bash tests/run.sh [STAGE ...] [-- PYTEST ARGUMENTS]
 
-Makes the environment if it is missing, runs the stages named (by default all) and stops at the first that fails.
+Makes the environment if it is missing, runs the stages named (by default all but newest) and stops at the first that
+fails.
   lint      ruff check, ruff format --check
   types     pyright over dist_agc, docs/study and tests
   docs      the pages of docs/ built into site/, with every warning an error
@@ -15,6 +16,8 @@ Makes the environment if it is missing, runs the stages named (by default all) a
   mpi       tests of several processes, under mpirun with 2, 3 and 4 ranks
   coverage  what the tests of the main environment have covered, lines and branches together; below 95 % is an error
   composer  tests with MosaicML Composer and the oldest torch, in an environment of its own (.venv-composer, 6 GB)
+  newest    tests of two processes and dist-agc check with the newest torch and DeepSpeed that pip finds, in an
+            environment of its own (.venv-newest, 6 GB)
 What follows -- goes to pytest: bash tests/run.sh unit mpi -- -k dtensor
 The last line sums the tests: "N passed, N failed"; a stage that fails without a failed test counts as one.
 END
@@ -24,7 +27,7 @@ stages=""
 while (($#)); do
   case $1 in
     -h | --help) usage && exit ;;
-    lint | types | docs | unit | mpi | composer | coverage) stages+=" $1" ;;
+    lint | types | docs | unit | mpi | composer | coverage | newest) stages+=" $1" ;;
     --) shift && break ;;
     *) usage >&2 && exit 2 ;;
   esac
@@ -93,25 +96,38 @@ if [[ $OMPI_COMM_WORLD_RANK != 0 ]]; then exec >"$0.$OMPI_COMM_WORLD_RANK" 2>&1;
 exec "$@"
 '
 
-mpi() {
-  local n rank log status
+ranks() { # ranks N COMMAND...: the tests of several processes, with N of them
+  local n=$1 rank log=$logs/mpi$1 status=0
+  shift
+  echo "-- $n ranks"
   export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMP_NUM_THREADS=1
+  # The tests see to it that all ranks end alike, so that rank 0 speaks for all.
+  run_tests "$log.0" timeout --kill-after=30 1500 mpirun -n "$n" --oversubscribe --bind-to none \
+    bash -c "$as_rank" "$log" "$@" -m pytest tests --ignore tests/mosaicml --with-mpi -m mpi -q \
+    --color=no -p no:cacheprovider "${pytest_args[@]}" || status=$?
+  ((status != 0)) || return 0
+  for ((rank = 1; rank < n; rank++)); do
+    echo "-- rank $rank of $n"
+    tail -n 200 "$log.$rank" || true
+  done
+  return "$status"
+}
+
+mpi() {
+  local n
   for n in 2 3 4; do
-    echo "-- $n ranks"
-    log=$logs/mpi$n
-    status=0
-    # The tests see to it that all ranks end alike, so that rank 0 speaks for all.
-    run_tests "$log.0" timeout --kill-after=30 1500 mpirun -n "$n" --oversubscribe --bind-to none \
-      bash -c "$as_rank" "$log" python -m coverage run -m pytest tests --ignore tests/mosaicml --with-mpi -m mpi -q \
-      --color=no -p no:cacheprovider "${pytest_args[@]}" || status=$?
-    ((status != 0)) || continue
-    for ((rank = 1; rank < n; rank++)); do
-      echo "-- rank $rank of $n"
-      tail -n 200 "$log.$rank" || true
-    done
-    return "$status"
+    ranks "$n" python -m coverage run
   done
   some_passed
+}
+
+newest() {
+  bash launch/newest-env.sh
+  local PATH=$PWD/.venv-newest/bin:$PATH
+  export PYTHONPATH=$PWD
+  ranks 2 python
+  some_passed
+  python -m dist_agc.cli check --nproc 2
 }
 
 composer() {
@@ -129,7 +145,7 @@ if [[ " $stages " == *" composer "* ]]; then
   bash launch/composer-env.sh >"$logs/composer-env" 2>&1 &
   composer_env=$!
 fi
-bash launch/setup.sh dev
+if [[ $stages != " newest" ]]; then bash launch/setup.sh dev; fi
 PATH=$PWD/.venv/bin:$PATH
 if [[ $stages == *unit* || $stages == *mpi* ]]; then python -m coverage erase; fi
 for stage in $stages; do

@@ -1,7 +1,7 @@
 """FSDP1: parameters flattened one after another and cut into equal shards, anywhere within a row.
 
 Private to torch and read here only: ``FullyShardedDataParallel._handle`` and the flat parameter's metadata, as they are
-in torch 2.6 to 2.13.
+in torch 2.6 to 2.15.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class _Whole(Parameter):
 
 
 def _read(owner: Any, attribute: str) -> Any:
-    return read(owner, attribute, "torch", torch.__version__, "torch 2.6 to 2.13")
+    return read(owner, attribute, "torch", torch.__version__, "torch 2.6 to 2.15")
 
 
 def _parameters(

@@ -190,7 +190,7 @@ def test_a_torch_that_changed(world: Any, missing: str, monkeypatch: pytest.Monk
     handle = model._handle
     assert handle is not None
     monkeypatch.delattr(handle.flat_param, missing)
-    with pytest.raises(RuntimeError, match=rf"reads \w+\.{missing}, which torch .* supported is torch 2.6 to 2.13"):
+    with pytest.raises(RuntimeError, match=rf"reads \w+\.{missing}, which torch .* supported is torch 2.6 to 2.15"):
         dist_agc.Clipper(model, clipping_threshold=0.01)
 
 
