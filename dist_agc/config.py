@@ -84,7 +84,7 @@ class AGCConfig:
         statistics: make statistics, global in the same collective. False saves that payload, and the collective too
             where no unit is cut; ``clip()`` then returns None.
         weight_norm_interval: measure the weight norms every so many calls and reuse them in between. 1 is exact.
-            Weights that someone beside the optimizer has written are measured anew (`load_state_dict`).
+            Weights that someone beside the optimizer has written are measured anew (``load_state_dict``).
         compile: fuse what is computed between the norms and the scaling with ``torch.compile``. It saves launches on
             an accelerator and gains nothing on a CPU (docs/performance.md).
         cpu_kernel: measure fp32 rows on a CPU by a C++ kernel, which gives the same but for rounding and is faster

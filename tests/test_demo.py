@@ -106,7 +106,7 @@ def test_digits_started_plainly_records_a_run_that_diverges(tmp_path: Path) -> N
 
 
 def trained_with(backend: str, folder: Path) -> list[dict[str, Any]]:
-    options = ("--steps", "12", "--lr", "1", "--clipping-threshold", "0.05", "--backend", backend, "--out", backend)
+    options = ("--steps", "8", "--lr", "1", "--clipping-threshold", "0.05", "--backend", backend, "--out", backend)
     return assert_outputs(run(*DEMO, *options, cwd=folder), folder / backend, "digits")
 
 

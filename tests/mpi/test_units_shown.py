@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import deepspeed_runs
 import pytest
 import torch
 from torch import nn
@@ -13,6 +12,9 @@ import dist_agc
 from dist_agc.conformance import sharding
 
 # DeepSpeed, what it imports and FSDP1 warn about each other's ways.
+pytest.importorskip("deepspeed", reason="needs pip install 'dist-agc[deepspeed]'")
+import deepspeed_runs
+
 pytestmark = [pytest.mark.mpi(min_size=2), pytest.mark.filterwarnings("ignore")]
 
 
