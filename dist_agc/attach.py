@@ -41,6 +41,7 @@ class AGCHook:
         self.clipper = clipper
         self.steps = 0
         self._warned = False  # that there was nothing to clip
+        self._apart = False  # warned that ranks clip gradients of their own
         self._attachment = attachment or Attachment(clipper.parameters, [], clipper.config)
         self._backward = backward
         self._holdings = Holdings(clipper)
@@ -101,7 +102,17 @@ class AGCHook:
                 UserWarning,
                 stacklevel=2,
             )
-        stats = self.clipper.clip(tensors, thresholds=group_thresholds(optimizer), grad_scale=grad_scale)
+        if not self._apart and (name := self.clipper.unreduced(tensors)):
+            self._apart = True
+            warnings.warn(
+                f"the optimizer {type(optimizer).__name__} steps inside of no_sync(): the gradient of {name!r} is this "
+                "rank's alone, and each rank clips its own. This is right where ranks are meant to train apart (local "
+                "SGD); else copies of the model drift apart: leave no_sync() before the last backward of a step.",
+                UserWarning,
+                stacklevel=2,
+            )
+        thresholds = group_thresholds(optimizer)
+        stats = self.clipper.clip(tensors, thresholds=thresholds, grad_scale=grad_scale, apart=True)
         # By tensor and by name, since another tensor may have come in the place of the one that was clipped before.
         what = frozenset((*map(id, tensors), *(() if stats is None else stats.names)))
         # What this optimizer has clipped already steps again: a new step has begun, and with it a new record.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -138,6 +138,16 @@ class Clipper:
             ) from None
         self._beside, self._listed = beside, self._in_models()
 
+    def unreduced(self, holders: Collection[Tensor] | None = None) -> str | None:
+        """The name of a governed parameter whose gradient is one rank's own, since its wrapper reduces none now."""
+        waiting = {said for said in {p.unreduced for p in self.parameters} if said is not None and said()}
+        if not waiting:
+            return None
+        chosen = {id(tensor) for tensor in ([p.tensor for p in self.parameters] if holders is None else holders)}
+        pairs = zip(self.parameters, self.rules, strict=True)
+        found = (p for p, rule in pairs if rule is not None and p.unreduced in waiting and id(p.tensor) in chosen)
+        return next((p.name for p in found if p.tensor.grad is not None), None)
+
     def execution(self, tensors: Iterable[Tensor] | None = None) -> Execution:
         """That of all parameters, or of these. Kept until something that it covers is new, or lies otherwise."""
         if tensors is None and self._models and self._in_models() != self._listed:
@@ -158,11 +168,12 @@ class Clipper:
 
     def clip(
         self,
-        holders: Iterable[Tensor] | None = None,
+        holders: Collection[Tensor] | None = None,
         *,
         clipping_threshold: float | None = None,
         thresholds: Mapping[int, float | None] | None = None,
         grad_scale: Tensor | float | None = None,
+        apart: bool = False,
     ) -> ClipStats | None:
         """Clip every gradient in place, between backward and the optimizer's update. All ranks must call it.
 
@@ -171,12 +182,13 @@ class Clipper:
             clipping_threshold: in place of the config's, in this call.
             thresholds: by ``id`` of a holder, a threshold in place of both; None does not clip it.
             grad_scale: the loss scale that the gradients still carry; they are judged as if divided by it.
+            apart: ranks train apart for now, as in local SGD: clip inside of DDP's ``no_sync`` too.
 
         Returns:
             The statistics of the whole model over all ranks; None with ``statistics=False``.
 
         Raises:
-            ValueError: a gradient that does not lie as its parameter does.
+            ValueError: a gradient that does not lie as its parameter does, or that DDP was told not to reduce.
             FloatingPointError: on every rank, with ``on_nonfinite="raise"`` and a gradient that is not finite.
             RuntimeError: ranks are set up differently (checked at the first call).
 
@@ -184,6 +196,13 @@ class Clipper:
         """
         if clipping_threshold is not None:
             clipping_threshold = check_threshold(clipping_threshold)
+        if not apart and (name := self.unreduced(holders)):
+            raise ValueError(
+                f"parameter {name!r} has a gradient of this rank alone: clip() was called inside of no_sync(), and "
+                "copies of the model that are clipped differently drift apart. Leave no_sync() before the last "
+                "backward, so that DistributedDataParallel reduces the gradients, and then clip; Clipper.clip(apart="
+                "True) is for ranks that are meant to train apart."
+            )
         with torch.no_grad(), torch.profiler.record_function("dist_agc::clip"):
             return self.execution(holders).clip(thresholds or {}, grad_scale, clipping_threshold)
 

@@ -44,8 +44,10 @@ def _copied(model: nn.Module) -> dict[int, dict[str, Any]]:
     """By ``id``, what a `Parameter` says of one of which DistributedDataParallel keeps copies."""
     wrappers = [m for m in model.modules() if isinstance(m, nn.parallel.DistributedDataParallel)]
     return {
-        id(parameter): {"copies": (axis,), "uneven": partial(_joins, ref(wrapper))}
-        for wrapper, axis in [(w, group_axis(w.process_group)) for w in wrappers]
+        id(parameter): {"copies": (axis,), "uneven": uneven, "unreduced": unreduced}
+        for wrapper in wrappers
+        for axis in [group_axis(wrapper.process_group)]
+        for uneven, unreduced in [(partial(_joins, ref(wrapper)), partial(_in_no_sync, ref(wrapper), axis.size))]
         for name, parameter in wrapper.module.named_parameters()
         if name not in wrapper.parameters_to_ignore
     }
@@ -58,3 +60,10 @@ def _joins(wrapper: ref[nn.parallel.DistributedDataParallel]) -> bool:
     """
     found = wrapper()
     return found is not None and read(found, "_join_config", "torch", torch.__version__, "torch 2.6 to 2.13").enable
+
+
+def _in_no_sync(wrapper: ref[nn.parallel.DistributedDataParallel], ranks: int) -> bool:
+    """Whether a wrapper reduces no gradients now. When `no_sync` has ended nothing in it says for certain which
+    backwards were inside: a forward pass without gradients leaves the same traces."""
+    found = wrapper()
+    return found is not None and ranks > 1 and not found.require_backward_grad_sync

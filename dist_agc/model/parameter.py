@@ -32,6 +32,7 @@ class Parameter:
         copies: along which axes every rank holds the same. Nothing is sent along them but the one check that ranks
             agree, because copies that are clipped differently drift apart.
         uneven: says whether ranks of ``copies`` may have run out of batches, and stay away from a step.
+        unreduced: says whether gradients are left now as each rank of ``copies`` has them, to be reduced later.
     """
 
     names: tuple[str, ...]
@@ -40,6 +41,7 @@ class Parameter:
     default: UnitRule
     copies: tuple[Axis, ...] = ()
     uneven: Callable[[], bool] | None = None
+    unreduced: Callable[[], bool] | None = None
 
     framework: ClassVar[str] = "whole on every rank (plain or DDP)"
 
