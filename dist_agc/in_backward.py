@@ -142,8 +142,7 @@ class BackwardClipping:
         # Parameters without a gradient have units too.
         silent = [execution.plan for key, execution in self._executions.items() if key not in self._record]
         idle = {p.name: rule.count for plan in silent for _, p, rule in plan.governed_now()}
-        top = counted[0].max_ratio
-        self.stats = ClipStats.merged([*counted, ClipStats(idle, top.new_zeros(len(idle), 3), top.new_zeros(()))])
+        self.stats = ClipStats.merged([*counted, ClipStats.of_idle(idle, counted[0].max_ratio.device)])
 
 
 def refuse_scaler(optimizer: Optimizer) -> None:

@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import accumulate
 
 import torch
 from torch import Tensor
+
+
+def largest_of(tops: Sequence[Tensor]) -> Tensor:
+    """Of all units, and of those whose weights are not below eps: the largest ratio, and the place of its parameter.
+
+    Takes such pairs, shape (several, 2, 2), and gives the largest, shape (2, 2). Where ratios are equal it is the first
+    parameter, whichever rank asks.
+    """
+    value, place = (tops[0] if len(tops) == 1 else torch.cat(list(tops))).unbind(-1)
+    most = value.amax(0)
+    return torch.stack([most, place.where(value == most, math.inf).amin(0)], 1)
+
+
+def _largest_in(parts: Sequence[ClipStats]) -> Tensor:
+    """The same of several, with places in the names of all."""
+    device, before = parts[0]._sums.device, [0, *accumulate(len(part._names) for part in parts)]
+    shifts = torch.tensor([[0.0, n] for n in before[:-1]], device="cpu").to(device, non_blocking=True)
+    return largest_of([torch.stack([part._top.to(device) for part in parts]) + shifts[:, None]])
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +60,11 @@ class ClipStats:
         nonfinite_units: units whose gradient norm was inf or nan.
         clip_fraction: clipped units over units.
         max_ratio: the largest ``norm(G) / max(norm(W), eps)`` of a unit with a finite gradient, before clipping.
+        max_ratio_above_eps: the same, of units whose weight norm is at least ``eps``. Units that begin at zero (LoRA's
+            B, a new head) have by far the largest ratios at first, and hide all others.
+        max_ratio_parameter: the name of the parameter that has the largest ratio; None where every ratio is 0.
+            A string, so reading it waits for the device. `as_dict`, which holds numbers, does not have it.
+        max_ratio_above_eps_parameter: likewise.
         grad_norm: the L2 norm of all gradients before clipping, excluded parameters too.
         per_parameter: a `ParameterStats` by fully qualified name.
 
@@ -61,15 +86,23 @@ class ClipStats:
         self,
         units: dict[str, int],
         sums: Tensor,
-        max_ratio: Tensor,
+        largest: Callable[[], Tensor],
+        names: Sequence[str],
         excluded: Sequence[str] = (),
         *,
         dry_run: bool = False,
     ) -> None:
         """``units``: by governed parameter. ``sums``: one row (clipped, non-finite, squared gradient) per governed
-        parameter in that order, then one for each of the ``excluded``."""
+        parameter in that order, then one for each of the ``excluded``. ``largest``: gives
+        what `largest_of` does, with places in ``names``; it is not asked before somebody reads that."""
         self._units, self._sums, self._excluded, self._dry_run = units, sums, tuple(excluded), dry_run
-        self.units, self.max_ratio = sum(units.values()), max_ratio
+        self._largest, self._names, self.units = largest, names, sum(units.values())
+
+    @classmethod
+    def of_idle(cls, units: dict[str, int], device: torch.device | str = "cpu") -> ClipStats:
+        """Of parameters without a gradient."""
+        largest = partial(torch.zeros, 2, 2, device=device)
+        return cls(units, torch.zeros(len(units), 3, device=device), largest, ())
 
     @classmethod
     def merged(cls, parts: Iterable[ClipStats]) -> ClipStats:
@@ -81,7 +114,7 @@ class ClipStats:
         if len(parts) == 1:
             return parts[0]
         if not parts:
-            return cls({}, torch.zeros(0, 3, device="cpu"), torch.zeros((), device="cpu"))
+            return cls.of_idle({})
         device = parts[0]._sums.device
         units: dict[str, int] = {}
         governed: dict[str, Tensor] = {}
@@ -94,8 +127,8 @@ class ClipStats:
         excluded = {name: row for name, row in excluded.items() if name not in governed}
         rows = [*governed.values(), *excluded.values()]
         sums = torch.stack(rows) if rows else parts[0]._sums
-        top = torch.stack([part.max_ratio.to(device) for part in parts]).amax()
-        return cls(units, sums, top, list(excluded), dry_run=parts[0]._dry_run)
+        names = [name for part in parts for name in part._names]
+        return cls(units, sums, partial(_largest_in, parts), names, list(excluded), dry_run=parts[0]._dry_run)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -123,6 +156,30 @@ class ClipStats:
         return self.clipped_units / max(self.units, 1)
 
     @cached_property
+    def _top(self) -> Tensor:
+        return self._largest()
+
+    @property
+    def max_ratio(self) -> Tensor:
+        return self._top[0, 0]
+
+    @property
+    def max_ratio_above_eps(self) -> Tensor:
+        return self._top[1, 0]
+
+    @property
+    def max_ratio_parameter(self) -> str | None:
+        return self._has(0)
+
+    @property
+    def max_ratio_above_eps_parameter(self) -> str | None:
+        return self._has(1)
+
+    def _has(self, which: int) -> str | None:
+        ratio, place = self._top[which].tolist()
+        return self._names[int(place)] if ratio > 0 and place < len(self._names) else None
+
+    @cached_property
     def per_parameter(self) -> Mapping[str, ParameterStats]:
         clipped, nonfinite, squares = self._sums[: len(self._units)].unbind(1)
         columns = zip(clipped.unbind(), nonfinite.unbind(), squares.sqrt().unbind(), strict=True)
@@ -132,7 +189,7 @@ class ClipStats:
 
     def _as_tensors(self, *, per_parameter: bool = False) -> dict[str, Tensor]:
         """As `as_dict`, but without ``agc/units``, which is no tensor, and without waiting for the device."""
-        names = ("clipped_units", "clip_fraction", "nonfinite_units", "grad_norm", "max_ratio")
+        names = ("clipped_units", "clip_fraction", "nonfinite_units", "grad_norm", "max_ratio", "max_ratio_above_eps")
         values = {f"agc/{name}": getattr(self, name) for name in names}
         for name, of in self.per_parameter.items() if per_parameter else ():
             values[f"agc/clip_fraction/{name}"] = of.clip_fraction
@@ -146,14 +203,17 @@ class ClipStats:
             per_parameter: add ``agc/clip_fraction/NAME`` and ``agc/grad_norm/NAME`` of every governed parameter.
 
         Returns:
-            ``agc/units``, ``agc/clipped_units``, ``agc/clip_fraction``, ``agc/nonfinite_units``, ``agc/grad_norm`` and
-            ``agc/max_ratio``. In a dry run also ``agc/dry_run``, which is 1: units would have been clipped.
+            ``agc/units``, ``agc/clipped_units``, ``agc/clip_fraction``, ``agc/nonfinite_units``, ``agc/grad_norm``,
+            ``agc/max_ratio`` and ``agc/max_ratio_above_eps``. In a dry run also ``agc/dry_run``, which is 1: units
+            would have been clipped.
         """
         # One copy, not one for each number.
-        here = ClipStats(self._units, self._sums.cpu(), self.max_ratio.cpu(), self._excluded)
+        here = ClipStats(self._units, self._sums.cpu(), self._top.cpu, self._names, self._excluded)
         values = here._as_tensors(per_parameter=per_parameter)
         dry = {"agc/dry_run": 1.0} if self._dry_run else {}
         return {"agc/units": float(self.units), **{name: float(value) for name, value in values.items()}, **dry}
 
     def __repr__(self) -> str:
-        return f"ClipStats({', '.join(f'{k[4:]}={v:.4g}' for k, v in self.as_dict().items())})"
+        said = [f"{key[4:]}={value:.4g}" for key, value in self.as_dict().items()]
+        wheres = {name: getattr(self, name) for name in ("max_ratio_parameter", "max_ratio_above_eps_parameter")}
+        return f"ClipStats({', '.join(said + [f'{name}={where!r}' for name, where in wheres.items() if where])})"

@@ -116,7 +116,11 @@ def assert_stats(stats: Any, expected: oracle.Reference, *, tolerance: float = 1
     assert int(stats.nonfinite_units) == expected.nonfinite_units
     assert float(stats.clip_fraction) == _about(expected.clip_fraction, tolerance)
     assert float(stats.grad_norm) == _about(expected.grad_norm, tolerance)
-    assert float(stats.max_ratio) == _about(expected.max_ratio, tolerance)
+    for name in ("max_ratio", "max_ratio_above_eps"):
+        assert float(getattr(stats, name)) == _about(getattr(expected, name), tolerance), name
+        where = getattr(stats, f"{name}_parameter")  # several may have the same ratio but for rounding
+        of = 0.0 if where is None else getattr(expected.per_parameter[where], name)
+        assert of == _about(getattr(expected, name), tolerance), (name, where)
     assert set(stats.per_parameter) == set(expected.per_parameter)
     for name, parameter in expected.per_parameter.items():
         got = stats.per_parameter[name]
@@ -148,7 +152,8 @@ def assert_clipped(model: nn.Module, stats: Any, expected: oracle.Reference, *, 
 
 def assert_equal_everywhere(world: Any, stats: Any) -> None:
     """Every rank has the same statistics to the last bit; without a collective, so rank 0 may read them alone."""
-    every = world.gather(stats.as_dict(per_parameter=True))
+    where = stats.max_ratio_parameter, stats.max_ratio_above_eps_parameter
+    every = world.gather((stats.as_dict(per_parameter=True), where))
     assert all(other == every[0] for other in every), f"statistics differ between ranks: {every}"
 
 

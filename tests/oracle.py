@@ -34,6 +34,7 @@ class ParameterReference:
     nonfinite_units: int
     max_ratio: float
     grad_norm: float
+    max_ratio_above_eps: float = 0.0
 
     @property
     def clip_fraction(self) -> float:
@@ -67,6 +68,10 @@ class Reference:
     @property
     def max_ratio(self) -> float:
         return max((p.max_ratio for p in self.per_parameter.values()), default=0.0)
+
+    @property
+    def max_ratio_above_eps(self) -> float:
+        return max((p.max_ratio_above_eps for p in self.per_parameter.values()), default=0.0)
 
 
 def unit_rules(model: nn.Module, overrides: Mapping[str, tuple[int, ...]] | None = None) -> dict[str, Units]:
@@ -148,7 +153,7 @@ def _clip_parameter(
     if grad is None:
         return ParameterReference(units, 0, 0, 0.0, 0.0)
     norm = math.sqrt(float(grad.square().sum()))
-    clipped_units, nonfinite_units, max_ratio = 0, 0, 0.0
+    clipped_units, nonfinite_units, max_ratio, above_eps = 0, 0, 0.0, 0.0
     for unit in range(units):
         members = labels == unit
         weight_norm = math.sqrt(float(weight[members].square().sum()))
@@ -163,10 +168,12 @@ def _clip_parameter(
         floor = max(weight_norm, eps)
         ratio = grad_norm / floor if floor > 0.0 else math.inf
         max_ratio = max(max_ratio, ratio)
+        if weight_norm >= eps and weight_norm > 0.0:
+            above_eps = max(above_eps, ratio)
         if threshold is not None and ratio > threshold:
             clipped_units += 1
             grad[members] *= threshold / ratio
-    return ParameterReference(units, clipped_units, nonfinite_units, max_ratio, norm)
+    return ParameterReference(units, clipped_units, nonfinite_units, max_ratio, norm, above_eps)
 
 
 def composer(weight: Tensor, grad: Tensor, clipping_threshold: float) -> Tensor:

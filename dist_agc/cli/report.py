@@ -117,11 +117,22 @@ def _last_loss(run: Run) -> str:
     return f"{losses[-1]:.4g}" if is_number(losses[-1]) else "not finite"
 
 
+def _largest(run: Run) -> str:
+    """The largest ratio of the run, and the parameter that had it where the line says so."""
+    lines = [line for line in run.lines if is_number(line.get("agc/max_ratio"))]
+    if not lines:
+        return "–"
+    most = max(lines, key=lambda line: line["agc/max_ratio"])
+    where = most.get("agc/max_ratio_parameter")
+    return f"{most['agc/max_ratio']:.3g}" + (f" in <code>{_name(where)}</code>" if isinstance(where, str) else "")
+
+
 COMPARED: dict[str, Callable[[Run], str]] = {
     "threshold": lambda run: "–" if run.threshold is None else f"{run.threshold:g}",
     "units": lambda run: _of(max, run.values("agc/units"), ",.0f"),
     "clipped, mean": lambda run: (run.dry * "would clip ") + _of(fmean, run.values("agc/clip_fraction"), ".1%"),
     "gradient norm, median": lambda run: _of(median, run.values("agc/grad_norm"), ".3g"),
+    "largest ratio": _largest,
     "steps with inf or nan": lambda run: str(sum(y > 0 for y in run.values("agc/nonfinite_units"))),
     "last step": lambda run: f"{round(run.lines[-1]['step'], 4):,.12g}",  # some count epochs
     "last loss": _last_loss,

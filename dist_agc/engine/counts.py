@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .plan import STATISTICS
+from ..stats import largest_of
+from .plan import LARGEST, STATISTICS
 
 
 class Judged(NamedTuple):
@@ -19,13 +20,19 @@ class Judged(NamedTuple):
     ratio: Tensor  # a gradient that is not finite counts as zero
     finite: Tensor  # whether the gradient's norm is
     grad_norm: Tensor
+    weight_norm: Tensor
 
 
 class ByParameter:
-    """A vector of units cut into neighbouring spans, one a parameter, of these lengths."""
+    """A vector of units cut into neighbouring spans, one a parameter, of these lengths.
 
-    def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
+    ``places``: of the parameters in the plan; None where these are all of them.
+    """
+
+    def __init__(self, lengths: Sequence[int], device: torch.device, places: Sequence[int] | None = None) -> None:
         self.size = sum(lengths)
+        places = range(len(lengths)) if places is None else places
+        self.places = torch.tensor(places, dtype=torch.float32, device=device)  # beside ratios, in one buffer
         self.lengths = torch.tensor(lengths, dtype=torch.int64, device=device)
         self.offsets = torch.cat([self.lengths.new_zeros(1), self.lengths.cumsum(0)])
 
@@ -36,6 +43,10 @@ class ByParameter:
     def add_up(self, values: Tensor) -> Tensor:
         # unsafe: the lengths follow from the plan, and checking them would wait for the device.
         return torch.segment_reduce(values, "sum", lengths=self.lengths, unsafe=True, initial=0)
+
+    def parameters_of(self, units: Tensor) -> Tensor:
+        """The places of the parameters that have these units."""
+        return self.places[torch.searchsorted(self.offsets[1:], units, right=True)]
 
     def count(self, mask: Tensor) -> Tensor:
         """How many are true of each parameter."""
@@ -55,11 +66,10 @@ def sums_dtype(device: torch.device) -> torch.dtype:
 
 
 class Tally:
-    """What one call counts: ``rows``, one a parameter, of ``columns`` numbers; and ``top``, the largest ratio."""
+    """What one call counts: ``rows``, one a parameter, of ``columns`` numbers."""
 
     columns: int
     rows: Tensor
-    top: Tensor
 
     def count(self, judged: Judged, by: ByParameter) -> Tensor:
         """Shape (parameters, columns)."""
@@ -68,16 +78,16 @@ class Tally:
     def begin(self, judged: Judged, by: ByParameter, excluded: Tensor) -> None:
         """With the whole units, and the norms of this rank's pieces of excluded parameters, which have no units."""
         self.rows = pad(self.count(judged, by), (0, 0, 0, len(excluded)))
-        self.top = _largest(judged.ratio)
 
     def add(self, judged: Judged, by: ByParameter, owner: Tensor) -> None:
         """Units of the parameters ``owner``, of which each is there once: nothing is added to one row twice."""
         self.rows[owner] += self.count(judged, by)
-        self.top = torch.maximum(self.top, _largest(judged.ratio))
 
+    def largest(self) -> Tensor | None:
+        """What `largest_of` says of the units so far; None where nobody asks."""
 
-def _largest(ratio: Tensor) -> Tensor:
-    return ratio.amax() if len(ratio) else ratio.new_zeros(())
+    def hear(self, largest: Tensor) -> None:
+        """What it is on every rank of an axis, shape (ranks, *LARGEST)."""
 
 
 class Counts(Tally):
@@ -85,7 +95,16 @@ class Counts(Tally):
 
     columns = STATISTICS
 
+    def __init__(self, eps: float) -> None:
+        self._eps = eps
+        self._found: list[tuple[ByParameter, Any, Any]] = []
+        self._heard: list[Tensor] = []
+
     def count(self, judged: Judged, by: ByParameter) -> Tensor:
+        if len(ratio := judged.ratio):
+            # With eps=0 no unit is below it, and that of zero weights has an infinite ratio.
+            settled = judged.weight_norm >= (self._eps or torch.finfo(ratio.dtype).tiny)
+            self._found.append((by, ratio.max(0), ratio.where(settled, 0.0).max(0)))
         dtype = sums_dtype(judged.grad_norm.device)
         # Not in place: of a float64 model these are the norms themselves. Columns one by one: six times as fast.
         squares = by.add_up(judged.grad_norm.to(dtype).square())
@@ -95,6 +114,17 @@ class Counts(Tally):
     def begin(self, judged: Judged, by: ByParameter, excluded: Tensor) -> None:
         super().begin(judged, by, excluded)
         self.rows[len(by.lengths) :, -1] = excluded.to(self.rows.dtype).square()
+
+    def largest(self) -> Tensor:
+        """Only made when it is sent or read."""
+        tops = list(self._heard)
+        for by, *pair in self._found:
+            value, unit = (torch.stack(both) for both in zip(*pair, strict=True))
+            tops.append(torch.stack([value, by.parameters_of(unit)], 1)[None])
+        return largest_of(tops) if tops else self.rows.new_zeros(LARGEST)
+
+    def hear(self, largest: Tensor) -> None:
+        self._found, self._heard = [], [largest.clone()]  # and not all of the buffer lives on in statistics
 
 
 class Above(Tally):

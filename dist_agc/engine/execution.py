@@ -25,7 +25,7 @@ from .collectives import all_reduce
 from .counts import ByParameter, Counts, Judged, Tally
 from .kernels import Scaling
 from .measure import Norms
-from .plan import AxisPlan, Plan
+from .plan import LARGEST, AxisPlan, Plan
 from .shares import Shares
 
 # A unit that was just clipped lies within rounding of its limit: it is not clipped again. (In 16 bits its elements
@@ -37,7 +37,8 @@ def judge(rule: AGC, weight_norm: Tensor, grad_norm: Tensor, limit: float | Tens
     """The rule on complete norms, of which those of gradients may be inf or nan; such units get a coefficient of 1."""
     known = grad_norm.nan_to_num(nan=0.0, posinf=0.0)
     coefficient, ratio = rule.judge(weight_norm, known, limit)
-    return Judged(torch.where(coefficient < AT_LIMIT, coefficient, 1.0), ratio, known == grad_norm, grad_norm)
+    coefficient = torch.where(coefficient < AT_LIMIT, coefficient, 1.0)
+    return Judged(coefficient, ratio, known == grad_norm, grad_norm, weight_norm)
 
 
 class Execution:
@@ -79,7 +80,7 @@ class Execution:
             alike.compare(self.plan.parameters, weights, grads)
         complete = bound.shares.add_up(weights, grads)
         fresh = config.weight_norm_interval == 1 or self._measured_anew(weights)
-        tally = Counts() if config.statistics else None
+        tally = Counts(config.eps) if config.statistics else None
         bound.judge_all(weights if fresh else [], complete, grad_scale, tally)
         stats = None if tally is None else self._statistics(tally)
         if not config.dry_run:
@@ -139,7 +140,7 @@ class Execution:
                 stacklevel=2,
             )
 
-    def _statistics(self, tally: Tally) -> ClipStats:
+    def _statistics(self, tally: Counts) -> ClipStats:
         """FloatingPointError: with ``on_nonfinite="raise"``, a gradient that is not finite."""
         plan, sums = self.plan, tally.rows
         governed = plan.governed_now()
@@ -148,7 +149,8 @@ class Execution:
             sums = sums.index_select(0, torch.tensor(rows, device="cpu").to(sums.device, non_blocking=True))
         excluded = [p.name for p in plan.parameters[plan.governed :]]
         units, dry_run = {p.name: rule.count for _, p, rule in governed}, self.config.dry_run
-        stats = ClipStats(units, sums, tally.top, excluded, dry_run=dry_run)
+        names = [p.name for p in plan.parameters[: plan.governed]]
+        stats = ClipStats(units, sums, tally.largest, names, excluded, dry_run=dry_run)
         if self.config.on_nonfinite == "raise" and stats.nonfinite_units > 0:
             bad = [name for name, of in stats.per_parameter.items() if of.nonfinite_units > 0]
             raise FloatingPointError(
@@ -290,7 +292,7 @@ class _BoundAxis:
         self._carried = [(before, slots.to(device)) for before, slots in plan.carried]
         self._ready = None if plan.complete is None else plan.complete.to(device)
         self.owner = torch.tensor([i for i, _ in plan.owners], dtype=torch.int64, device=device)
-        self.units = ByParameter([n for _, n in plan.owners], device)
+        self.units = ByParameter([n for _, n in plan.owners], device, [i for i, _ in plan.owners])
         everything = plan.reported == tuple(range(len(bound.plan.parameters)))
         self._reported = slice(None) if everything else torch.tensor(plan.reported, dtype=torch.int64, device=device)
         self.limit = self.weight = self.grad = bound.zeros(0)
@@ -311,11 +313,13 @@ class _BoundAxis:
             self._pack(bound.weight, [bound.axes[before].weight for before, _ in self._carried], weight)
         if tally is not None:
             counts[:width] = tally.rows[self._reported].flatten()
-            counts[width + plan.axis.rank] = tally.top
+            largest = counts[width:].view(-1, *LARGEST)
+            if (top := tally.largest()) is not None:
+                largest[plan.axis.rank] = top
         self.weight, self.grad, counts = all_reduce(buffer, plan.axis).split(sizes)
         if tally is not None:
             tally.rows[self._reported] = counts[:width].view(-1, columns).to(tally.rows.dtype)
-            tally.top = counts[width:].amax()
+            tally.hear(counts[width:].view(-1, *LARGEST))
 
     def _pack(self, norms: Tensor, carried: Sequence[Tensor], into: Tensor) -> None:
         self._pieces.add(norms.square(), into)

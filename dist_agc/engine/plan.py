@@ -7,6 +7,7 @@ collectives, of the same length, in the same order, and none can wait for one th
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -19,6 +20,7 @@ from ..model.parameter import Parameter
 from ..model.units import UnitRule
 
 STATISTICS = 3  # sums kept per parameter: clipped units, non-finite units, squared gradient
+LARGEST = (2, 2)  # of all ratios, and of those above eps: the largest, and the place of its parameter in the plan
 
 
 class Slots(NamedTuple):
@@ -58,7 +60,7 @@ class Slots(NamedTuple):
 class AxisPlan:
     """One all-reduce: the squares of units cut along an axis, and the counts of what was judged before it.
 
-    The buffer is ``[weight squares | gradient squares | counts | one largest ratio per rank]``.
+    The buffer is ``[weight squares | gradient squares | counts | the largest ratios of each rank]``.
     """
 
     axis: Axis  # the ranks that take part
@@ -74,7 +76,8 @@ class AxisPlan:
 
     def numel(self, columns: int = STATISTICS) -> int:
         """Numbers in the buffer. ``columns``: counts a parameter."""
-        return 2 * self.slots + (columns * len(self.reported) + self.axis.size if columns else 0)
+        largest = math.prod(LARGEST) * self.axis.size
+        return 2 * self.slots + (columns * len(self.reported) + largest if columns else 0)
 
 
 # The cuts of one parameter by axis: its first slot there, and the units that are cut, in the order of their slots.
