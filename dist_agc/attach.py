@@ -20,6 +20,7 @@ from .frameworks import Model
 from .frameworks.base import Attachment, is_a, makes_state
 from .held import Holdings, group_thresholds, held, thresholds_watched
 from .in_backward import BackwardClipping, refuse_scaler
+from .model.parameter import all_zero
 from .stats import ClipStats
 
 logger = logging.getLogger("dist_agc")
@@ -212,8 +213,26 @@ def attach(
             )
     if len(set(attachment.optimizers)) != len(attachment.optimizers):
         raise ValueError("the same optimizer was given twice.")
+    _tell_zeros(clipper)
     backward = BackwardClipping(model, clipper, attachment.optimizers) if during_backward else None
     return AGCHook(clipper, attachment, backward)
+
+
+def _tell_zeros(clipper: Clipper) -> None:
+    """One warning for all weights that begin at zero: an ordinary threshold makes SGD leave them there."""
+    config = clipper.config
+    pairs = zip(clipper.parameters, clipper.rules, strict=True)
+    names = [p.name for p in all_zero([p for p, rule in pairs if rule is not None])]
+    if names and not config.dry_run:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        warnings.warn(
+            f"the weights of {', '.join(map(repr, names[:3]))}{more} are all zero now. Until the weight norm of a unit "
+            f"is above eps, AGC clips its gradient to clipping_threshold * eps = {config.clipping_threshold:g} * "
+            f"{config.eps:g}, by which SGD trains next to nothing. Leave them out, exclude=({names[0]!r},), or raise "
+            "eps. Adam and its like divide by the size of gradients and make up for most of it.",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def _optimizers(given: Any) -> list[Optimizer]:

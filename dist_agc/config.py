@@ -71,7 +71,10 @@ class AGCConfig:
             batches of 1024 to 4096 with SGD on norm-free ResNets; smaller batches want more, up to 0.16.
             ``param_group["clipping_threshold"]`` overrides it for one group of an attached optimizer.
         eps: the least weight norm that counts, so that units with zero weights can train. 1e-3 is the paper's;
-            0 is MosaicML Composer's rule, which zeroes the gradient of a unit with zero weights.
+            0 is MosaicML Composer's rule, which zeroes the gradient of a unit with zero weights. Until its weight norm
+            is above ``eps``, a unit has a gradient of at most ``clipping_threshold * eps``, by which SGD trains next to
+            nothing: exclude what begins at zero (LoRA's B, a zero-initialised head), or raise ``eps``. Optimizers that
+            divide by the size of gradients, such as Adam, make up for most of it.
         exclude: globs over fully qualified names of parameters that AGC leaves alone, such as ``("head.*",)``.
             The last linear layer usually belongs here (Brock et al., section 4.1).
         units: which dims number the units. None: by the kind of module (rows; output channels of ``ConvTranspose``;

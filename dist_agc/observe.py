@@ -15,11 +15,14 @@ from .clipper import Clipper, Model, clipper_of
 from .config import AGCConfig, check_threshold
 from .engine.counts import Above
 from .engine.execution import AT_LIMIT
+from .model.parameter import all_zero
 from .model.products import Products, agrees
 from .model.units import unit_rules
 
 # Half octaves through 0.01, 0.02, 0.04, 0.08 and 0.16, the thresholds that were published.
 THRESHOLDS = tuple(0.01 * 2 ** (k / 2) for k in range(-12, 15))
+
+ZERO = "; all 0 now, so clipped to clipping_threshold * eps"
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,7 @@ class UnitRow:
         shape: of the whole parameter, over all ranks.
         dims: which dims of ``view`` number the units; () for one unit, the whole tensor.
         count: how many units it has.
-        why: one phrase.
+        why: one phrase. It says too where the weights are all zero, of a matrix that trains and that ranks hold whole.
         guessed: whether nothing but the shape says so.
         observed: with ``run=``, the dims that its products leave (those of the first that contradicts ``dims``, if one
             does); None where no product of the parameter itself was seen.
@@ -150,6 +153,7 @@ def units(model: Model, run: Callable[[], Any] | None = None, **options: Any) ->
         with Products([(p.tensor, rule) for p, rule in zip(parameters, rules, strict=True)]) as products:
             run()
         seen = products.left
+    zeros = {id(p) for p in all_zero(parameters)}
     rows = []
     for place, (parameter, rule) in enumerate(zip(parameters, rules, strict=True)):
         left = seen.get(place)
@@ -161,7 +165,7 @@ def units(model: Model, run: Callable[[], Any] | None = None, **options: Any) ->
                 shape=parameter.shape,
                 dims=rule.kept,
                 count=rule.count,
-                why=rule.why,
+                why=rule.why + (ZERO if id(parameter) in zeros else ""),
                 guessed=rule.guessed,
                 observed=observed,
                 view=rule.shape,

@@ -56,6 +56,7 @@ class FlatInterval(Parameter):
     sliced: tuple[int, ...] | None = None
 
     framework: ClassVar[str] = "flat shard"
+    copied: ClassVar[bool] = False
 
     def lies(self) -> tuple[object, ...]:
         # Without the shape: a flat tensor is gathered, or put on a disk, between steps. `local` looks at it in a step.

@@ -76,6 +76,10 @@ class Sharded(Parameter):
         return tensor.to_local()
 
     @property
+    def copied(self) -> bool:
+        return not self.cuts
+
+    @property
     def may_be_share(self) -> bool:
         return bool(self.copies) and not self.reduced
 

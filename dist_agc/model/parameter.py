@@ -80,6 +80,11 @@ class Parameter:
         """Whether an optimizer would step it: torch steps whatever holds a gradient, frozen or not."""
         return self.tensor.requires_grad or self.tensor.grad is not None
 
+    @property
+    def copied(self) -> bool:
+        """Whether every rank that has it holds all of it."""
+        return True
+
     def lies(self) -> tuple[object, ...]:
         """What a plan depends on beside the structure: where this changes, it has to be made anew."""
         return self.tensor.shape, self.tensor.dtype, self.tensor.device
@@ -130,6 +135,7 @@ class Unknown(Parameter):
     problem: str  # to go on after the parameter's name
 
     framework: ClassVar[str] = "of a kind that dist_agc cannot clip"
+    copied: ClassVar[bool] = False
 
     @property
     def error(self) -> ValueError:
@@ -145,3 +151,24 @@ class Unknown(Parameter):
         if rule is None:
             return Pieces(())
         raise self.error
+
+
+def all_zero(parameters: Sequence[Parameter]) -> list[Parameter]:
+    """Those that train and have no weight but zeros now. Waits for the device, and for no other rank.
+
+    Only what every rank holds whole, so that all say the same; and no vectors and scalars, since biases begin at zero
+    in nearly every model, and need no second look.
+    """
+    of_device: dict[torch.device, list[tuple[Parameter, Tensor]]] = {}
+    for p in parameters:
+        if p.copied and p.trains and len(p.shape) > 1 and p.numel and p.tensor.layout == torch.strided:
+            weight = p.weight().detach()
+            # A fake tensor has no values to look at, and a rank outside of the mesh of a DTensor nothing of it.
+            if type(weight) is Tensor and not weight.is_meta and weight.numel() == p.numel:
+                of_device.setdefault(weight.device, []).append((p, weight))
+    return [
+        p
+        for held in of_device.values()
+        for (p, _), some in zip(held, torch.stack([weight.any() for _, weight in held]).tolist(), strict=True)
+        if not some
+    ]
