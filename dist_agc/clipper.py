@@ -249,7 +249,9 @@ def apply_agc(model: Model, clipping_threshold: float | AGCConfig = 0.01, **opti
     """Clip the gradients of ``model`` once, between ``loss.backward()`` and ``optimizer.step()``.
 
     Takes the place of Composer's functional ``apply_agc``; ``eps=0`` is its exact rule. On sharded models every rank
-    must call it. Gradients that carry a loss scale must be unscaled first (``scaler.unscale_(optimizer)``).
+    must call it. With a GradScaler call ``scaler.unscale_(optimizer)`` first: gradients look the same with a loss scale
+    and without, so nothing can tell that one is left on, and every unit would be clipped. (`attach` runs where the
+    optimizer steps, after they were unscaled. ``Clipper.clip(grad_scale=...)`` takes a scale into account.)
     For a module the plan is kept from call to call; for a list of parameters, which names no model, it is not.
 
     Args:

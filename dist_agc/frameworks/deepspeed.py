@@ -171,7 +171,10 @@ def parameters(engine: Any) -> list[Parameter]:
     if reason := _refused(engine):
         raise ValueError(f"AGC cannot be attached to this DeepSpeed engine: {reason}.")
     names, way = _Names(engine), _WAYS.get(type(engine.optimizer).__name__, _plain)
-    found = [parameter for held in way(engine.optimizer) for parameter in _spread(names, held)]
+    found = []
+    for held in way(engine.optimizer):
+        problem, spread = _unclippable(engine, held), _spread(names, held)
+        found += spread if problem is None else (Unknown.instead_of(p, problem) for p in spread)
     # Frozen parameters are in no optimizer; they are listed so that patterns may name them.
     return found + [Partition.of(entry, _shape(entry.tensor), span=Span()) for entry in names.left.values()]
 
@@ -224,8 +227,6 @@ def _refused(engine: Any) -> str | None:
         return f"the base optimizer {type(base).__name__} takes no step hooks: derive it from torch.optim.Optimizer"
     if type(base).__module__.startswith("deepspeed.runtime.fp16.onebit"):
         return f"{type(base).__name__} exchanges compressed momenta instead of reducing gradients"
-    if any(group.get("use_muon", False) for group in base.param_groups):
-        return "Muon hands the base optimizer orthogonalised updates, which are no gradients"
     if getattr(optimizer, "fused_adam_legacy", False) or getattr(optimizer, "fused_lamb_legacy", False):
         return (
             "the legacy fused fp16 step hands gradients past the parameters: set the optimizer's legacy_fusion to false"
@@ -240,8 +241,22 @@ def _refused(engine: Any) -> str | None:
         sliced = mpu.get_model_parallel_world_size
     if sliced() > 1:
         return "tensor parallelism under DeepSpeed is not supported: its shards do not say how they cut a row"
-    if any(getattr(p, "ds_zero_placement_family", None) == "autoep_expert" for p in engine.module.parameters()):
-        return "AutoEP experts under ZeRO 3 are not supported: use ZeRO 1 or 2"
+    return None
+
+
+def _unclippable(engine: Any, held: _Held) -> str | None:
+    """Why this one parameter cannot be clipped, to go on after its name; all others can, where it is excluded."""
+    parameter, tensor, *_ = held
+    base = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    of_muon = [group for group in base.param_groups if group.get("use_muon", False)]
+    # ZeRO 3 puts what a group steps on into it in the step alone.
+    if of_muon and (getattr(parameter, "use_muon", False) or any(tensor is p for g in of_muon for p in g["params"])):
+        return (
+            "is in a group of Muon, which hands the base optimizer an orthogonalised update in the place of the "
+            "gradient. Exclude all parameters of Muon; those of Adam are clipped then"
+        )
+    if getattr(parameter, "ds_zero_placement_family", None) == "autoep_expert":
+        return "is an AutoEP expert under ZeRO 3, which is not supported: use ZeRO 1 or 2, or exclude it"
     return None
 
 

@@ -137,6 +137,10 @@ class Unknown(Parameter):
     framework: ClassVar[str] = "of a kind that dist_agc cannot clip"
     copied: ClassVar[bool] = False
 
+    @classmethod
+    def instead_of(cls, p: Parameter, problem: str) -> Unknown:
+        return cls(names=p.names, tensor=p.tensor, shape=p.shape, default=p.default, problem=problem)
+
     @property
     def error(self) -> ValueError:
         return ValueError(f"parameter {self.name!r} {self.problem}.")
