@@ -200,8 +200,8 @@ class Clipper:
             raise ValueError(
                 f"parameter {name!r} has a gradient of this rank alone: clip() was called inside of no_sync(), and "
                 "copies of the model that are clipped differently drift apart. Leave no_sync() before the last "
-                "backward, so that DistributedDataParallel reduces the gradients, and then clip; Clipper.clip(apart="
-                "True) is for ranks that are meant to train apart."
+                "backward, so that gradients are reduced in it, and then clip; Clipper.clip(apart=True) is for ranks "
+                "that are meant to train apart."
             )
         with torch.no_grad(), torch.profiler.record_function("dist_agc::clip"):
             return self.execution(holders).clip(thresholds or {}, grad_scale, clipping_threshold)
