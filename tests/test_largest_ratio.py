@@ -15,6 +15,8 @@ import oracle
 from dist_agc.cli.report import page
 from dist_agc.cli.runs import read
 
+pytestmark = pytest.mark.filterwarnings("ignore:the weights of:UserWarning")
+
 
 def adapted() -> nn.Sequential:
     """A layer, and an adapter that begins at zero, as LoRA's B: its ratios are 1000 times as large."""
