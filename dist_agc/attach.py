@@ -18,6 +18,7 @@ from .clipper import Clipper
 from .config import AGCConfig
 from .frameworks import Model
 from .frameworks.base import Attachment, is_a, makes_state
+from .frameworks.hooks import stepped_in_backward
 from .held import Holdings, group_thresholds, held, thresholds_watched
 from .in_backward import BackwardClipping, refuse_scaler
 from .model.parameter import all_zero
@@ -82,6 +83,7 @@ class AGCHook:
             )
         if self._backward is not None:
             refuse_scaler(optimizer)
+            self._holdings.look_in_backward(optimizer, self._backward.covers)
         else:
             # GradScaler leaves gradients scaled for optimizers that unscale them themselves (fused Adam).
             self.clip(optimizer, grad_scale=getattr(optimizer, "grad_scale", None))
@@ -96,13 +98,15 @@ class AGCHook:
         tensors = held(optimizer) if self._attachment.by_engine else self._holdings.look(optimizer)
         if not self._warned and all(p.grad is None for p in tensors if p.numel()) and any(p.numel() for p in tensors):
             self._warned = True
-            warnings.warn(
-                f"the optimizer {type(optimizer).__name__} steps, and none of its {len(tensors)} parameters has a "
-                "gradient: AGC has nothing to clip. Call loss.backward() before step(), and make the optimizer from "
-                "the parameters that the model has now.",
-                UserWarning,
-                stacklevel=2,
-            )
+            if not steps.of_process().told(optimizer):
+                warnings.warn(
+                    f"the optimizer {type(optimizer).__name__} steps, and none of its {len(tensors)} parameters has a "
+                    "gradient: AGC has nothing to clip. Call loss.backward() before step(), and make the optimizer "
+                    "from the parameters that the model has now. Where gradients are used and freed inside of "
+                    "backward, attach with during_backward=True.",
+                    UserWarning,
+                    stacklevel=2,
+                )
         if not self._apart and (name := self.clipper.unreduced(tensors)):
             self._apart = True
             warnings.warn(
@@ -203,6 +207,8 @@ def attach(
             f"parameter {nowhere[0]!r} is on the meta device, and has no weights yet: attach when the model has been "
             "moved to where it trains, and make the optimizer from its parameters there."
         )
+    if not during_backward:
+        _refuse_late_steps(attachment)
     models = [] if attachment.by_engine else frameworks.modules(model)
     clipper = Clipper.of(attachment.parameters, attachment.config, models)
     for one in attachment.optimizers:
@@ -233,6 +239,19 @@ def _tell_zeros(clipper: Clipper) -> None:
             UserWarning,
             stacklevel=3,
         )
+
+
+def _refuse_late_steps(attachment: Attachment) -> None:
+    """Where hooks that are known step in backward what the optimizers hold, or all there is where that is nothing."""
+    mine = set(map(id, held(*attachment.optimizers)))
+    stepped = [p for p in attachment.parameters if id(p.tensor) in mine] or attachment.parameters
+    for p in stepped:
+        if whose := stepped_in_backward(p.tensor):
+            raise ValueError(
+                f"parameter {p.name!r} is stepped inside of backward, by {whose}, before optimizer.step() comes in "
+                "which AGC would clip: attach with during_backward=True, in the Trainer "
+                "AGCCallback(during_backward=True)."
+            )
 
 
 def _optimizers(given: Any) -> list[Optimizer]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -102,14 +102,7 @@ class Holdings:
             return tensors
         if replaced := self._replaced(now, before):
             self._clipper.renew(replaced)
-        if tensors and not any(map(holds, tensors)):
-            raise ValueError(
-                f"the optimizer {type(optimizer).__name__} holds none of the parameters that AGC was attached to, so "
-                f"nothing would be clipped: it steps on {_shapes(tensors)}. Something has put other tensors into it "
-                "since. Attach after that, to what it made of the model: dist_agc.attach(model, optimizer), for "
-                "DeepSpeed dist_agc.attach(engine)."
-            )
-        seen = {id(p) for group in before for p in group}
+        seen = _seen(optimizer, tensors, before, holds)
         places = [(f"param_groups.{g}.{i}", p) for g, group in enumerate(now) for i, p in enumerate(group)]
         new = [Entry((name,), p) for name, p in places if not holds(p) and id(p) not in seen and not refused(p)]
         if new:
@@ -125,6 +118,22 @@ class Holdings:
         self._known[optimizer] = now
         self._tell(optimizer, [p for p in tensors if not holds(p) and id(p) not in seen])
         return tensors
+
+    def look_in_backward(self, optimizer: Optimizer, covers: Callable[[Tensor], bool]) -> None:
+        """The same where the hooks of backward are set for good: what is new has none, and is said."""
+        now, before = _groups(optimizer), self._known[optimizer]
+        if _same(now, before):
+            return
+        tensors = [p for group in now for p in group]
+        seen = _seen(optimizer, tensors, before, covers)
+        self._known[optimizer] = now
+        if new := [p for p in tensors if not covers(p) and id(p) not in seen]:
+            warnings.warn(
+                f"AGC does not clip {_shapes(new)} in the optimizer {type(optimizer).__name__}: they have come since "
+                "it was attached with during_backward=True. Call .remove() on the handle and attach again.",
+                UserWarning,
+                stacklevel=2,
+            )
 
     def _replaced(self, now: list[list[Tensor]], before: list[list[Tensor]]) -> dict[int, Tensor]:
         """By ``id`` of the old one, the new tensors that stand where a plain one of the same kind stood."""
@@ -146,6 +155,20 @@ class Holdings:
                 UserWarning,
                 stacklevel=2,
             )
+
+
+def _seen(
+    optimizer: Optimizer, tensors: list[Tensor], before: list[list[Tensor]], covers: Callable[[Tensor], bool]
+) -> set[int]:
+    """What it held before, by ``id``. ValueError: nothing of what it holds now is covered."""
+    if tensors and not any(map(covers, tensors)):
+        raise ValueError(
+            f"the optimizer {type(optimizer).__name__} holds none of the parameters that AGC was attached to, so "
+            f"nothing would be clipped: it steps on {_shapes(tensors)}. Something has put other tensors into it "
+            "since. Attach after that, to what it made of the model: dist_agc.attach(model, optimizer), for "
+            "DeepSpeed dist_agc.attach(engine)."
+        )
+    return {id(p) for group in before for p in group}
 
 
 def _groups(optimizer: Optimizer) -> list[list[Tensor]]:

@@ -3,8 +3,8 @@
 Where the optimizer runs inside of backward no moment exists at which all gradients do, and clipping by a global norm is
 impossible. AGC judges every unit by itself, so it needs none.
 
-Private to torch and read here only: the backward and the node that run now (``torch._C._current_graph_task_id``,
-``_current_autograd_node``), ``Variable._execution_engine`` and the name of ``GradScaler._maybe_opt_step``.
+Private to torch and read here only: the node that runs now (``torch._C._current_autograd_node``),
+``Variable._execution_engine`` and the name of ``GradScaler._maybe_opt_step``.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import gc
 import inspect
 import sys
+import warnings
 from collections.abc import Sequence
 from functools import partial
 from threading import Lock
@@ -24,9 +25,11 @@ from torch.autograd import Variable
 from torch.optim import Optimizer
 
 from .clipper import Clipper
-from .frameworks import not_in_backward, plain
+from .frameworks import hooks, not_in_backward, plain
 from .held import group_thresholds, held
+from .model.parameter import Parameter
 from .stats import ClipStats
+from .steps import backward_now
 
 _MARK = "_dist_agc_clipped"
 _OTHERWISE = "clip in optimizer.step() instead: attach without during_backward."
@@ -40,7 +43,8 @@ class BackwardClipping:
     which FSDP2 and tensor parallelism require anyway.
 
     Parameters that are frozen later are left out; one that is unfrozen has no hook, so the next backward raises.
-    ``stats`` are those of the last whole backward.
+    Hooks that are known to step come after ours, whenever they were registered. What comes after ours and changes a
+    gradient is looked for in the first backward. ``stats`` are those of the last whole backward.
     """
 
     def __init__(self, model: object, clipper: Clipper, optimizers: Sequence[Optimizer]) -> None:
@@ -54,12 +58,14 @@ class BackwardClipping:
         self._frozen = [p for p in covered if not p.tensor.requires_grad]
         chosen = [p for p in covered if p.tensor.requires_grad]
         for p in chosen:
-            if getattr(p.tensor, "_post_accumulate_grad_hooks", None):
+            if hooks.comes_too_late(p.tensor):
                 raise ValueError(
                     f"parameter {p.name!r} has a post-accumulate-grad hook already, which would see the gradient "
                     "before it is clipped: attach first, then register your own hooks."
                 )
-        self._names = {id(p.tensor): p.name for p in chosen}
+        self._chosen = {id(p.tensor): p for p in chosen}
+        pairs = zip(clipper.parameters, clipper.rules, strict=True)
+        self._governed = {id(p.tensor) for p, rule in pairs if rule is not None}
         self._executions = {id(p.tensor): clipper.execution([p.tensor]) for p in chosen}
         # With several devices in one process, autograd has a thread for each, and hooks run at the same time.
         self._lock = Lock()
@@ -67,7 +73,14 @@ class BackwardClipping:
         self._thresholds: dict[int, float | None] = {}  # as they were when backward began
         self._running = False
         self._watched: set[int] = set()  # backwards whose end calls `_ended`
+        self._left: dict[int, Tensor] | None = {}  # sizes of the gradients that the first backward has clipped
         self._handles = [p.tensor.register_post_accumulate_grad_hook(self._clip) for p in chosen]
+        for p, handle in zip(chosen, self._handles, strict=True):
+            hooks.put_first(p.tensor, handle)
+
+    def covers(self, tensor: Tensor) -> bool:
+        """Whether ``tensor`` has a hook of ours, or had been frozen, which `_begin` looks at."""
+        return id(tensor) in self._chosen or any(p.tensor is tensor for p in self._frozen)
 
     def remove(self) -> None:
         for handle in self._handles:
@@ -79,7 +92,7 @@ class BackwardClipping:
             return
         if getattr(tensor.grad, _MARK, False):
             raise RuntimeError(
-                f"parameter {self._names[key]!r}: backward added to a gradient that was clipped already, so the sum is "
+                f"parameter {self._chosen[key].name!r}: backward added to a gradient that was clipped already, so the sum is "
                 "neither. With during_backward=True free gradients before the next backward (p.grad = None, or "
                 "zero_grad(set_to_none=True)). To accumulate, turn off FSDP2's gradient sync until the last "
                 f"backward (set_requires_gradient_sync(False)), or {_OTHERWISE}"
@@ -93,6 +106,8 @@ class BackwardClipping:
             self._record[key] = execution.clip(self._thresholds, None)
         # Version counters would not do: FSDP2's gradients share one.
         setattr(tensor.grad, _MARK, True)
+        if self._left is not None and key in self._governed:
+            self._left[key] = _size(self._chosen[key])
 
     # The record of one backward. Reentrant checkpointing runs further backwards inside of it, and perhaps all hooks in
     # those, so it ends with the outermost one.
@@ -103,13 +118,16 @@ class BackwardClipping:
                 f"parameter {thawed[0]!r} was frozen when AGC was attached and trains now, unclipped: call "
                 ".remove() on the handle and attach again after unfreezing."
             )
+        if any(getattr(one, "loss_scaler", None) is not None for one in self._optimizers):  # LOMO's, with a loss in fp16
+            raise _scaled("a loss scale of the optimizer's own")
         self._thresholds = group_thresholds(*self._optimizers)
         self._record, self._running = {}, True
+        self._left = None if self._left is None else {}
         self._watched.clear()
 
     def _watch(self) -> None:
         """Have `_ended` called at the end of the backward that runs now."""
-        backward = torch._C._current_graph_task_id()
+        backward = backward_now()
         if self._running and backward not in self._watched:
             self._watched.add(backward)
             Variable._execution_engine.queue_callback(partial(self._ended, backward))
@@ -136,6 +154,7 @@ class BackwardClipping:
     def _finish(self) -> None:
         self._running = False
         self._watched.clear()
+        self._look_once()
         counted = [stats for stats in self._record.values() if stats is not None]
         if not counted:
             return
@@ -143,6 +162,37 @@ class BackwardClipping:
         silent = [execution.plan for key, execution in self._executions.items() if key not in self._record]
         idle = {p.name: rule.count for plan in silent for _, p, rule in plan.governed_now()}
         self.stats = ClipStats.merged([*counted, ClipStats.of_idle(idle, counted[0].max_ratio.device)])
+
+    def _look_once(self) -> None:
+        """Warn where a gradient of the first backward is no longer what was clipped."""
+        left, self._left = self._left, None
+        if any(size.device.type != "cpu" for size in (left or {}).values()):
+            torch.accelerator.synchronize()  # FSDP2 reduces, and we clip, beside the stream that runs now
+        kept = ((self._chosen[key], size) for key, size in (left or {}).items())
+        if changed := [p.name for p, size in kept if p.tensor.grad is not None and not _is_as_left(p, size)]:
+            more = f" and {len(changed) - 1} more parameter{'s' if len(changed) > 2 else ''}" if changed[1:] else ""
+            warnings.warn(
+                f"the gradient of {changed[0]!r}{more} changed after AGC had clipped it, in the same backward: by a "
+                "hook that comes after AGC's, such as one that adds gradients up over ranks. What is stepped with is "
+                f"not what was clipped; {_OTHERWISE}",
+                UserWarning,
+                stacklevel=2,
+            )
+
+
+def _is_as_left(parameter: Parameter, size: Tensor) -> bool:
+    same = getattr(parameter.tensor.grad, _MARK, False)
+    return same and bool(torch.isclose(_size(parameter), size, rtol=1e-4, atol=0, equal_nan=True))
+
+
+@torch.no_grad()
+def _size(parameter: Parameter) -> Tensor:
+    """The sum of the absolute values of this rank's part of a gradient."""
+    grad = parameter.tensor.grad
+    assert grad is not None
+    local = parameter.local(grad)
+    values = local.coalesce().values() if local.is_sparse else local
+    return torch.linalg.vector_norm(values, 1, dtype=torch.promote_types(values.dtype, torch.float32))
 
 
 def refuse_scaler(optimizer: Optimizer) -> None:
@@ -158,10 +208,13 @@ def refuse_scaler(optimizer: Optimizer) -> None:
     while frame is not None and frame.f_code.co_name != "_maybe_opt_step" and frame.f_code not in scalers:
         frame = frame.f_back
     if frame is not None or getattr(optimizer, "found_inf", None) is not None:
-        raise RuntimeError(
-            "during_backward=True cannot be right with a GradScaler: gradients carry its scale in backward; "
-            f"{_OTHERWISE}"
-        )
+        raise _scaled("a GradScaler")
+
+
+def _scaled(by: str) -> RuntimeError:
+    return RuntimeError(
+        f"during_backward=True cannot be right with {by}: gradients carry its scale in backward; {_OTHERWISE}"
+    )
 
 
 def _reduced_by_a_wrapper(tensors: Sequence[Tensor]) -> str | None:

@@ -1,6 +1,7 @@
 """The steps of all optimizers in this process: which of them clip, which do not and should, which run inside of others.
 
-Private to torch and read here only: the code of ``Optimizer.profile_hook_step``, which runs the hooks of a step.
+Private to torch and read here only: the code of ``Optimizer.profile_hook_step``, which runs the hooks of a step, and
+``torch._C._current_graph_task_id``.
 """
 
 from __future__ import annotations
@@ -32,6 +33,11 @@ def within_own(optimizer: Optimizer) -> bool:
     return steps > 1
 
 
+def backward_now() -> int:
+    """The number of the backward that runs now, in this thread; -1 where none does."""
+    return torch._C._current_graph_task_id()
+
+
 # AGC warns of steps that it does not clip, though it is attached to the original of a copied optimizer, or to another
 # optimizer over the same parameters. A copy has lost its hooks (torch drops them) and still has its ``defaults``. These
 # carry a mark: an attribute of the dict and no entry in it, so that nothing else sees it. Containers and wrappers step
@@ -46,6 +52,7 @@ class _Steps:
         self.looked_at: WeakSet[Optimizer] = WeakSet()
         self._began: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()  # the latest step's number
         self._running: WeakSet[Optimizer] = WeakSet()
+        self._in_backward: WeakSet[Optimizer] = WeakSet()  # attached, and others step their parameters in backward
         self._number = 0
         register_optimizer_step_pre_hook(self._before)
         register_optimizer_step_post_hook(self._after)
@@ -73,6 +80,9 @@ class _Steps:
             around = next((name for one in clipping if (name := inside(one, optimizer))), None)
             what = "steps parameters that another optimizer holds, and AGC is attached to that one"
             what += f", which keeps this one as .{around}" if around else ""
+            if backward_now() >= 0:
+                self._tell_of_backward(optimizer, clipping)
+                return
         else:
             return
         warnings.warn(
@@ -81,6 +91,22 @@ class _Steps:
             UserWarning,
             stacklevel=3,
         )
+
+    def _tell_of_backward(self, optimizer: Optimizer, clipping: list[Optimizer]) -> None:
+        """Once, though each parameter may have an optimizer of its own."""
+        if not all(one in self._in_backward for one in clipping):
+            self._in_backward.update(clipping)
+            warnings.warn(
+                f"this {type(optimizer).__name__} steps inside of backward what {type(clipping[0]).__name__} holds, "
+                "and AGC is attached to the step of that one, which comes too late: nothing is clipped. Attach with "
+                "during_backward=True, before the hooks are registered that step.",
+                UserWarning,
+                stacklevel=4,
+            )
+
+    def told(self, optimizer: Optimizer) -> bool:
+        """Whether it was said that others step what ``optimizer`` holds, in backward."""
+        return optimizer in self._in_backward
 
 
 @cache

@@ -17,6 +17,7 @@ from ..model.parameter import Parameter, Unknown
 from .base import Framework
 from .deepspeed import DeepSpeed
 from .fsdp1 import FSDP1
+from .hooks import summed_later
 from .plain import Plain
 
 # What has parameters: a module, a list of several, or the parameters themselves, with or without names.
@@ -119,8 +120,8 @@ def stepper(model: object) -> Framework | None:
 def not_in_backward(model: object) -> str | None:
     """Why the gradients of some module in ``model`` are not final in backward; None where all are."""
     inside = (module for one in modules(model) for module in one.modules())
-    reasons = (framework.not_in_backward(module) for module in inside for framework in (*_asked(), _PLAIN))
-    return next(filter(None, reasons), None)
+    asked = [*(framework.not_in_backward for framework in (*_asked(), _PLAIN)), summed_later]
+    return next(filter(None, (ask(module) for module in inside for ask in asked)), None)
 
 
 # Optimizers around another, which takes the hooks: their own classes cannot, or take them half. By class name, the
