@@ -168,8 +168,9 @@ def attach(
         optimizer: the optimizer of its parameters, or a list of several. Not for a DeepSpeed engine.
         config: an `AGCConfig`; or give its fields as keywords, see ``options``.
         during_backward: clip each gradient as soon as it is final, so that your own post-accumulate-grad hook,
-            registered later, can step and free it. For plain modules, FSDP2 and tensor parallelism; the optimizers,
-            which are not needed then, only bring the thresholds of their groups.
+            registered later, can step and free it; for LOMO and the like too, which do so by themselves. For plain
+            modules, FSDP2 and tensor parallelism; the optimizers, which are not needed then, only bring the thresholds
+            of their groups.
         options: the fields of `AGCConfig`: ``clipping_threshold``, ``eps``, ``exclude``, ``units``,
             ``on_nonfinite``, ``dry_run``, ``statistics``, ``weight_norm_interval``, ``compile``, ``cpu_kernel``.
 
@@ -179,7 +180,8 @@ def attach(
     Raises:
         TypeError, ValueError: as `Clipper`; something that is no optimizer, or one that holds none of the model's
             parameters, takes no hooks or has AGC attached already; ``during_backward`` with DDP or FSDP1, whose
-            gradients are not final in backward. Nothing is attached then.
+            gradients are not final in backward; no ``during_backward`` where hooks are known to step there. Nothing is
+            attached then.
 
     Example:
         >>> import torch

@@ -13,6 +13,7 @@ import gc
 import inspect
 import sys
 import warnings
+import weakref
 from collections.abc import Sequence
 from functools import partial
 from threading import Lock
@@ -25,7 +26,7 @@ from torch.autograd import Variable
 from torch.optim import Optimizer
 
 from .clipper import Clipper
-from .frameworks import hooks, not_in_backward, plain
+from .frameworks import hooks, modules, not_in_backward, plain
 from .held import group_thresholds, held
 from .model.parameter import Parameter
 from .stats import ClipStats
@@ -50,7 +51,7 @@ class BackwardClipping:
     def __init__(self, model: object, clipper: Clipper, optimizers: Sequence[Optimizer]) -> None:
         reason = not_in_backward(model) or _reduced_by_a_wrapper([p.tensor for p in clipper.parameters])
         if reason:
-            raise ValueError(f"during_backward=True cannot be right here: {reason}, or {_OTHERWISE}")
+            raise ValueError(f"during_backward=True cannot be right here: {reason}; {_OTHERWISE}")
         self.stats = ClipStats.merged([])
         self._optimizers = optimizers
         stepped = set(map(id, held(*optimizers)))
@@ -63,6 +64,9 @@ class BackwardClipping:
                     f"parameter {p.name!r} has a post-accumulate-grad hook already, which would see the gradient "
                     "before it is clipped: attach first, then register your own hooks."
                 )
+        # Where optimizers are known, what they hold is looked at instead; frameworks show other parameters in backward.
+        looked_at = not optimizers and all(type(p) is Parameter for p in clipper.parameters)
+        self._models = [weakref.ref(one) for one in modules(model) if looked_at]
         self._chosen = {id(p.tensor): p for p in chosen}
         pairs = zip(clipper.parameters, clipper.rules, strict=True)
         self._governed = {id(p.tensor) for p, rule in pairs if rule is not None}
@@ -92,8 +96,8 @@ class BackwardClipping:
             return
         if getattr(tensor.grad, _MARK, False):
             raise RuntimeError(
-                f"parameter {self._chosen[key].name!r}: backward added to a gradient that was clipped already, so the sum is "
-                "neither. With during_backward=True free gradients before the next backward (p.grad = None, or "
+                f"parameter {self._chosen[key].name!r}: backward added to a gradient that was clipped already, so the "
+                "sum is neither. With during_backward=True free gradients before the next backward (p.grad = None, or "
                 "zero_grad(set_to_none=True)). To accumulate, turn off FSDP2's gradient sync until the last "
                 f"backward (set_requires_gradient_sync(False)), or {_OTHERWISE}"
             )
@@ -118,12 +122,24 @@ class BackwardClipping:
                 f"parameter {thawed[0]!r} was frozen when AGC was attached and trains now, unclipped: call "
                 ".remove() on the handle and attach again after unfreezing."
             )
-        if any(getattr(one, "loss_scaler", None) is not None for one in self._optimizers):  # LOMO's, with a loss in fp16
-            raise _scaled("a loss scale of the optimizer's own")
+        if new := self._new():
+            raise RuntimeError(
+                f"parameter {new!r} has come since AGC was attached and trains now, unclipped: call .remove() on the "
+                "handle and attach again."
+            )
+        # LOMO makes one in the first backward of a loss in fp16.
+        if any(getattr(one, "loss_scaler", None) is not None for one in self._optimizers):
+            raise _scaled("LOMO's loss scale")
         self._thresholds = group_thresholds(*self._optimizers)
         self._record, self._running = {}, True
         self._left = None if self._left is None else {}
         self._watched.clear()
+
+    def _new(self) -> str | None:
+        """The name of a parameter that a model has got since."""
+        models = (model for ref in self._models if (model := ref()) is not None)
+        named = (pair for model in models for pair in model.named_parameters())
+        return next((name for name, p in named if p.requires_grad and not self.covers(p)), None)
 
     def _watch(self) -> None:
         """Have `_ended` called at the end of the backward that runs now."""

@@ -101,7 +101,7 @@ class Lomo(Optimizer):
 def of_torch(model: nn.Module) -> Optimizer:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.jit.script is deprecated
-        from torch.distributed.optim import _apply_optimizer_in_backward
+        from torch.distributed.optim.apply_optimizer_in_backward import _apply_optimizer_in_backward
     _apply_optimizer_in_backward(SGD, model.parameters(), {"lr": LR})
     return SGD(model.parameters(), lr=LR)  # "any other optimizer over this parameter will be a no-op"
 
@@ -147,7 +147,7 @@ def test_a_loss_scale_of_lomo_is_refused(model: nn.Sequential) -> None:
     optimizer = Lomo(model)
     dist_agc.attach(model, optimizer, during_backward=True)
     optimizer.loss_scaler = object()  # made in the first backward of a loss in fp16
-    with pytest.raises(RuntimeError, match="cannot be right with a loss scale"):
+    with pytest.raises(RuntimeError, match="cannot be right with LOMO's loss scale"):
         optimizer.fused_backward(loss(model, *batches()[0]), LR)
 
 
@@ -249,6 +249,19 @@ def test_tensors_that_no_model_has(model: nn.Sequential) -> None:
         dist_agc.attach(model, optimizer, during_backward=True).remove()
     with pytest.raises(ValueError, match="holds none of the model's parameters"):
         dist_agc.attach(model, SGD(other.parameters(), lr=LR), during_backward=True)
+
+
+def test_a_parameter_that_the_model_gets_later(model: nn.Sequential) -> None:
+    """Where no optimizer shows it."""
+    dist_agc.attach(model, during_backward=True)
+    model(torch.ones(2, 6)).sum().backward()
+    model.zero_grad()
+    model.append(nn.Linear(5, 3).requires_grad_(False))
+    model(torch.ones(2, 6)).sum().backward()
+    model.zero_grad()
+    model[3].requires_grad_(True)
+    with pytest.raises(RuntimeError, match=r"'3\.weight' has come since AGC was attached.*attach again"):
+        model(torch.ones(2, 6)).sum().backward()
 
 
 def test_tensors_that_come_later(model: nn.Sequential) -> None:

@@ -14,10 +14,12 @@ from typing import Any
 
 from ..attach import attach
 from ..config import AGCConfig
+from ..frameworks import unwrapped
 from ._common import CallbackBase, logger, needed, warn_norm_clipping, warn_unsharded
 
 with needed("transformers", "transformers"):
     from transformers import Trainer, TrainerCallback
+    from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 
 _DEFAULT = 1.0  # of TrainingArguments.max_grad_norm; nothing tells it from a 1.0 that was asked for
 
@@ -36,9 +38,12 @@ class AGCCallback(CallbackBase, TrainerCallback):
         norm_clipping: None switches off a ``max_grad_norm`` at its default of 1.0 and warns of any other. True keeps
             it, False switches it off, both without a warning.
         per_parameter_every: log statistics per parameter every so many steps; 0 for never.
+        during_backward: as in `dist_agc.attach`. LOMO, AdaLomo and layer-wise GaLore or Apollo want it, because they
+            step inside of backward.
 
     Raises:
-        TypeError, ValueError: as `dist_agc.attach`, when training begins.
+        TypeError, ValueError: as `dist_agc.attach`, when training begins. With ``during_backward=True`` also where
+            gradients are accumulated over several batches, or carry a loss scale (fp16).
         ImportError: transformers is not installed.
     """
 
@@ -48,10 +53,12 @@ class AGCCallback(CallbackBase, TrainerCallback):
         *,
         norm_clipping: bool | None = None,
         per_parameter_every: int = 0,
+        during_backward: bool = False,
         **options: Any,
     ) -> None:
         super().__init__(config, options, per_parameter_every)
         self.norm_clipping = norm_clipping
+        self.during_backward = during_backward
         self._settled: Any = None  # the TrainingArguments whose max_grad_norm was looked at
 
     def on_init_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -67,7 +74,8 @@ class AGCCallback(CallbackBase, TrainerCallback):
         self.on_train_end()  # of a training before that ended in an error
         model: Any = trainer.model_wrapped
         if trainer.is_deepspeed_enabled:
-            self.hook = attach(model, config=self.config, norm_clipping=self.norm_clipping)
+            settings: dict[str, Any] = {"config": self.config, "norm_clipping": self.norm_clipping}
+            self.hook = attach(model, **settings, during_backward=self.during_backward)  # which it refuses
         elif args.deepspeed:
             raise ValueError(
                 "TrainingArguments has a DeepSpeed config, but the Trainer runs without DeepSpeed (`accelerate launch "
@@ -75,7 +83,12 @@ class AGCCallback(CallbackBase, TrainerCallback):
                 "deepspeed=..."
             )
         else:
-            self.hook = attach(model, trainer.optimizer, self.config)  # type: ignore[arg-type]
+            if self.during_backward:
+                _refuse_backward(args, trainer)
+            optimizer: Any = unwrapped(trainer.optimizer)
+            if self.during_backward and isinstance(optimizer, LayerWiseDummyOptimizer):
+                optimizer = list((optimizer.optimizer_dict or {}).values())
+            self.hook = attach(model, optimizer, self.config, during_backward=self.during_backward)
         if trainer.is_fsdp_enabled or args.fsdp:
             warn_unsharded(self.hook.clipper)
 
@@ -107,7 +120,8 @@ class AGCCallback(CallbackBase, TrainerCallback):
         speak = self.norm_clipping is None and state.is_world_process_zero
         if self.norm_clipping is None and (asked != _DEFAULT or (plugin is not None and _said(args.deepspeed))):
             if speak and plugin is None:  # a DeepSpeed engine says it itself
-                warn_norm_clipping("max_grad_norm", asked, "set it to 0, or give AGCCallback(norm_clipping=True)")
+                advice = "set it to 0, or give AGCCallback(norm_clipping=True)"
+                warn_norm_clipping("max_grad_norm", asked, advice, agc_first=self.during_backward)
             return
         # The Trainer insists that the two are equal, so both change. The engine is made later.
         args.max_grad_norm = 0.0
@@ -118,6 +132,21 @@ class AGCCallback(CallbackBase, TrainerCallback):
                 "AGCCallback switched off max_grad_norm, which was at its default of 1.0: AGC takes the place of norm "
                 "clipping. AGCCallback(norm_clipping=True) keeps it; max_grad_norm=0 says the same without this line."
             )
+
+
+def _refuse_backward(args: Any, trainer: Trainer) -> None:
+    """Where the gradients of one backward are not what a step takes."""
+    if args.gradient_accumulation_steps > 1:
+        raise ValueError(
+            f"AGCCallback(during_backward=True) cannot be right with gradient_accumulation_steps="
+            f"{args.gradient_accumulation_steps}: the gradient of each micro-batch would be clipped by itself, and AGC "
+            "judges that of the whole batch. Set it to 1, or leave during_backward out."
+        )
+    if trainer.accelerator.scaler is not None:
+        raise ValueError(
+            "AGCCallback(during_backward=True) cannot be right with fp16=True: gradients carry the loss scale in "
+            "backward. Train in bf16, or leave during_backward out."
+        )
 
 
 def _said(config: Any) -> bool:
