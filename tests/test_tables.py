@@ -16,10 +16,10 @@ from typer.testing import CliRunner
 
 import dist_agc
 from dist_agc import cli
-from dist_agc.cli import bench, plan, tables
+from dist_agc.cli import bench, plan
 from dist_agc.cli.examples import EXAMPLES, MAIN
 from dist_agc.lab import contenders
-from dist_agc.lab.console import display, unwrapped
+from dist_agc.lab.console import display, tables, unwrapped
 
 COLUMNS = 80
 
@@ -71,6 +71,24 @@ def test_a_table_fits_80_columns_and_nothing_is_cut(name: str, terminal: bool) -
     title, *_, first, second, third, _ = text.splitlines()
     assert max(map(len, text.splitlines())) <= COLUMNS and "…" not in text
     assert all(len(row.split()) >= len(WIDEST[name].columns) for row in (first, second, third)), "a row is a line"
+
+
+@pytest.mark.parametrize("width", [40, 60])
+@pytest.mark.parametrize("name", WIDEST)
+def test_a_narrow_terminal_cuts_nothing(name: str, width: int) -> None:
+    """Where the columns do not fit, every cell stands behind its heading."""
+    narrow = shown(WIDEST[name], terminal=True, width=width)
+    assert max(map(len, narrow.splitlines())) <= width and "…" not in narrow
+    words = " ".join(narrow.split())
+    said = [f"{column.header} {cell}".strip() for column in WIDEST[name].columns[1:] for cell in column.cells]
+    assert len(said) >= 3 * 7 and [cell for cell in [*WIDEST[name].columns[0].cells, *said] if cell not in words] == []
+
+
+def test_a_share_is_a_plain_number() -> None:
+    _, write = plan.COLUMNS["share"]
+    assert [write(share) for share in (0, 1e-6, 0.0054, 0.137, 0.996, 1.176, 56.5)] == [
+        *("0%", "<0.001%", "0.54%", "14%", "99.6%", "118%", "5.65k%")
+    ]
 
 
 def test_a_pipe_has_no_right_edge() -> None:

@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from ..lab.console import display
+from ..lab.console.tables import show, table
 from .runs import Counted, Run, read
-from .tables import show, table
 
 # (from this batch size on, threshold, as it was said, who says so); of those that fit a batch size, the first is meant
 PUBLISHED = (

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 from typer import BadParameter, Exit, Option
 
 from ..lab.console import launch, require
-from .tables import Columns, of_records, short, show, table
+from ..lab.console.tables import Columns, of_records, short, show, table
 
 if TYPE_CHECKING:
     from rich.console import Console

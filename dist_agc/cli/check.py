@@ -112,7 +112,7 @@ def _print(rows: Sequence[Row], here: launch.Place, as_json: bool) -> None:
 
     from ..conformance.losses import GIVEN
     from ..lab.console import display
-    from .tables import show, table
+    from ..lab.console.tables import show, table
 
     if as_json:
         print(json.dumps({"torch": torch.__version__, "layouts": [asdict(row) for row in rows]}, indent=2))

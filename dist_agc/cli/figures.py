@@ -12,8 +12,8 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..lab.console.plots import COLOURS, FAINT, INK, dress, figure, log_axis, percent_axis
+from ..lab.console.tables import folded
 from .runs import PER_PARAMETER, Run
-from .tables import folded
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import BadParameter, Option
 
-from .tables import Columns, of_records, short, show
+from ..lab.console.tables import Columns, of_records, short, show
 
 if TYPE_CHECKING:
     from torch import nn
@@ -92,6 +92,12 @@ def _ring(size: float, ranks: int) -> float:
     return 2 * size * (ranks - 1) / ranks
 
 
+def _percent(of: float) -> str:
+    if 0 < of < 1e-3:
+        return "<0.001%"
+    return f"{of:.2g}%" if of < 99.5 else f"{short(of)}%"
+
+
 # By heading: see `Columns`.
 COLUMNS: Columns = {
     "layout": ("layout", str),
@@ -102,7 +108,7 @@ COLUMNS: Columns = {
     "sends": ("all_reduces", str),
     "AGC": ("sent_bytes", short),
     "grads": ("gradient_bytes", short),
-    "share": ("share", lambda share: "<0.001%" if 0 < share < 1e-5 else f"{100 * share:.2g}%"),
+    "share": ("share", lambda share: _percent(100 * share)),
     "buffer": ("buffer_bytes", short),
     "kept": ("plan_bytes", short),
     "CPU s": ("seconds", lambda seconds: f"{seconds:.2f}" if seconds < 10 else short(seconds)),

@@ -212,7 +212,7 @@ def _print(model: nn.Module, rows: Sequence[UnitRow], observe: bool) -> None:
     from rich.markup import escape
 
     from ..lab.console import display
-    from .tables import folded, show, table
+    from ..lab.console.tables import folded, show, table
 
     console = display.console(None)
     wide = not console.is_terminal

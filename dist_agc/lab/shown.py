@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from statistics import fmean
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from rich.table import Table
 
 from .console.display import Display, percent
+from .console.tables import show, table
 from .training import Run, Step
 
 PLAIN_LINES = 8  # of each run
@@ -43,10 +43,8 @@ class DemoDisplay(Display):
 
     def table(self, runs: Sequence[Run]) -> None:
         """One column per run: narrow terminals have room for that."""
-        table = Table("", *(run.label for run in runs), title="Summary", title_justify="left", title_style="bold")
-        for heading, cell in ROWS.items():
-            table.add_row(heading, *(cell(run) for run in runs))
-        self.console.print(table)
+        rows = ([heading, *(cell(run) for run in runs)] for heading, cell in ROWS.items())
+        show(self.console, table("Summary", ["", *(run.label for run in runs)], rows))
 
 
 def figures(step: Step) -> str:

@@ -180,15 +180,16 @@ def _show(results: Results, out: Path, page: Path | None, display: Display) -> N
 
 
 def _print(findings: Sequence[Finding], display: Display) -> None:
-    from rich.box import SIMPLE_HEAD
     from rich.markup import escape
-    from rich.table import Table
 
-    table = Table("compared", "figures", "holds", box=SIMPLE_HEAD, pad_edge=False)
+    from dist_agc.lab.console.tables import show, table
+
+    rows: list[list[str]] = []
     claim = None
     for finding in findings:
         if finding.claim != claim:
             claim = finding.claim
-            table.add_row(f"[bold]{claim}[/bold]")
-        table.add_row(escape(finding.compared), escape(finding.figures), finding.verdict)
-    display.console.print(table)
+            rows.append([f"[bold]{claim}[/bold]", "", ""])
+        rows.append([escape(finding.compared), escape(finding.figures), finding.verdict])
+    headings = ["compared", "figures", "holds"]
+    show(display.console, table("Claims", headings, rows, left=headings))

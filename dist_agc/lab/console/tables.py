@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
+from rich.columns import Columns as ListedColumns
 from rich.console import Console
 from rich.filesize import pick_unit_and_suffix
+from rich.padding import Padding
 from rich.table import Table
 
 ENDLESS = 10_000  # columns
@@ -37,12 +39,24 @@ def of_records(title: str, columns: Columns, records: Iterable[Mapping[str, Any]
 
 
 def show(console: Console, made: Table) -> None:
-    """Print it, denser where it would be wider than the console. A row is a line: only a terminal has a right edge."""
+    """Print it, denser where it would be wider than the console. A row is a line: only a terminal has a right edge.
+
+    In a terminal that is too narrow for the columns, cells stand behind their headings, row by row.
+    """
     if console.measure(made, options=console.options.update(max_width=ENDLESS)).maximum > console.width:
         made.padding = 0
     if not console.is_terminal:
         console = Console(file=console.file, quiet=console.quiet, highlight=False, width=ENDLESS)
-    console.print(made)
+    with console.capture() as printed:
+        console.print(made)
+    if "…" not in printed.get():
+        console.print(made)
+        return
+    console.print(f"[bold]{made.title or ''}[/bold]\n")
+    headings = [column.header for column in made.columns[1:]]
+    for first, *others in zip(*(column.cells for column in made.columns), strict=True):
+        cells = [f"{heading} {cell}".strip() for heading, cell in zip(headings, others, strict=True) if cell]
+        console.print(first, Padding(ListedColumns(cells, padding=(0, 2)), (0, 0, 1, 2)))
 
 
 def short(number: float) -> str:
