@@ -171,8 +171,9 @@ def attach(
             registered later, can step and free it; for LOMO and the like too, which do so by themselves. For plain
             modules, FSDP2 and tensor parallelism; the optimizers, which are not needed then, only bring the thresholds
             of their groups.
-        options: the fields of `AGCConfig`: ``clipping_threshold``, ``eps``, ``exclude``, ``units``,
-            ``on_nonfinite``, ``dry_run``, ``statistics``, ``weight_norm_interval``, ``compile``, ``cpu_kernel``.
+        options: the fields of `AGCConfig`, which says what each does: ``clipping_threshold``, ``eps``, ``exclude``,
+            ``units``, ``on_nonfinite``, ``dry_run``, ``statistics``, ``weight_norm_interval``, ``compile``,
+            ``cpu_kernel``.
 
     Returns:
         A handle with ``.stats`` and ``.remove()``, also a context manager.

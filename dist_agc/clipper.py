@@ -34,7 +34,8 @@ class Clipper:
     Args:
         model: a module (plain, DDP, FSDP1, FSDP2, tensor parallel), or an iterable of parameters or of
             (name, parameter) pairs.
-        config: an `AGCConfig`; or give its fields as keywords.
+        config: an `AGCConfig`; or give its fields as keywords: ``clipping_threshold``, ``eps``, ``exclude``, ``units``,
+            ``on_nonfinite``, ``dry_run``, ``statistics``, ``weight_norm_interval``, ``compile``, ``cpu_kernel``.
 
     Raises:
         TypeError: an unknown option, or something that is no parameter.
@@ -255,12 +256,13 @@ def apply_agc(model: Model, clipping_threshold: float | AGCConfig = 0.01, **opti
     For a module the plan is kept from call to call; for a list of parameters, which names no model, it is not.
 
     Args:
-        model: a module (plain, DDP, FSDP1, FSDP2, tensor parallel), or an iterable of parameters.
+        model: a module (plain, DDP, FSDP1, FSDP2, tensor parallel), a list of several, or an iterable of parameters.
         clipping_threshold: the largest allowed ratio of gradient norm to weight norm (default 0.01), or an `AGCConfig`.
-        options: any other field of `AGCConfig`: ``eps``, ``exclude``, ``units``, ``on_nonfinite``.
+        options: the other fields of `AGCConfig`, which says what each does: ``eps``, ``exclude``, ``units``,
+            ``on_nonfinite``, ``dry_run``, ``statistics``, ``weight_norm_interval``, ``compile``, ``cpu_kernel``.
 
     Returns:
-        The statistics of this clipping.
+        The statistics of this clipping; None with ``statistics=False``.
 
     Raises:
         TypeError, ValueError, RuntimeError: as `Clipper` and its ``clip``. No gradient was changed.

@@ -36,7 +36,7 @@ def attach(
         accelerator: the one that prepared the model.
         model, optimizer: what ``accelerator.prepare`` returned; lists of models and of optimizers are allowed. A model
             that you have sharded yourself: what ``accelerator.prepare_model(model, evaluation_mode=True)`` returned.
-        config, options: as for `dist_agc.attach`.
+        config, options: an `AGCConfig`, or its fields as keywords; as for `dist_agc.attach`.
 
     Raises:
         TypeError, ValueError: as `dist_agc.attach`; a model or an optimizer that was not prepared.

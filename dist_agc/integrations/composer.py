@@ -31,6 +31,7 @@ class AGC(CallbackBase, Algorithm):
         config: an `AGCConfig`; or give its fields as keywords.
         log_every: log statistics every so many batches; making numbers of them waits for the device.
         per_parameter_every: log those per parameter every so many batches too; 0 for never.
+        options: the fields of `AGCConfig`, such as ``clipping_threshold`` and ``exclude``; it says what each does.
 
     Raises:
         TypeError, ValueError: as `dist_agc.attach`; those that need the model when training starts.

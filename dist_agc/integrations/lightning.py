@@ -33,6 +33,7 @@ class AGCCallback(CallbackBase, Callback):
         config: an `AGCConfig`; or give its fields as keywords. Under a DeepSpeed strategy, give neither to use the
             block ``"adaptive_gradient_clipping"`` of its config.
         per_parameter_every: log statistics per parameter every so many optimizer steps; 0 for never.
+        options: the fields of `AGCConfig`, such as ``clipping_threshold`` and ``exclude``; it says what each does.
 
     Raises:
         TypeError, ValueError: as `dist_agc.attach`, when training starts.

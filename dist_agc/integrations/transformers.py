@@ -40,6 +40,7 @@ class AGCCallback(CallbackBase, TrainerCallback):
         per_parameter_every: log statistics per parameter every so many steps; 0 for never.
         during_backward: as in `dist_agc.attach`. LOMO, AdaLomo and layer-wise GaLore or Apollo want it, because they
             step inside of backward.
+        options: the fields of `AGCConfig`, such as ``clipping_threshold`` and ``exclude``; it says what each does.
 
     Raises:
         TypeError, ValueError: as `dist_agc.attach`, when training begins. With ``during_backward=True`` also where
