@@ -21,6 +21,7 @@ from .frameworks.base import Attachment, is_a, makes_state
 from .frameworks.hooks import stepped_in_backward
 from .held import Holdings, group_thresholds, held, thresholds_watched
 from .in_backward import BackwardClipping, refuse_scaler
+from .model.names import first_of
 from .model.parameter import all_zero
 from .stats import ClipStats
 
@@ -233,9 +234,8 @@ def _tell_zeros(clipper: Clipper) -> None:
     pairs = zip(clipper.parameters, clipper.rules, strict=True)
     names = [p.name for p in all_zero([p for p, rule in pairs if rule is not None])]
     if names and not config.dry_run:
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         warnings.warn(
-            f"the weights of {', '.join(map(repr, names[:3]))}{more} are all zero now. Until the weight norm of a unit "
+            f"the weights of {first_of(map(repr, names), 3)} are all zero now. Until the weight norm of a unit "
             f"is above eps, AGC clips its gradient to clipping_threshold * eps = {config.clipping_threshold:g} * "
             f"{config.eps:g}, by which SGD trains next to nothing. Leave them out, exclude=({names[0]!r},), or raise "
             "eps. Adam and its like divide by the size of gradients and make up for most of it.",
@@ -267,17 +267,13 @@ def _optimizers(given: Any) -> list[Optimizer]:
                 "a CPUOffloadOptimizer copies gradients to the host in backward, before its step: clip there, with "
                 "dist_agc.attach(model, during_backward=True) before the optimizer is made."
             )
+        inside = steps.inside(one)
+        advice = f" Attach to the optimizer inside of it: optimizer.{inside}." if inside else ""
         if not isinstance(one, Optimizer):
-            inside = steps.inside(one)
-            raise TypeError(
-                f"expected a torch.optim.Optimizer or a list of them, got {type(one).__name__}."
-                + (f" Attach to the optimizer inside of it: optimizer.{inside}." if inside else "")
-            )
+            raise TypeError(f"expected a torch.optim.Optimizer or a list of them, got {type(one).__name__}.{advice}")
         if not hasattr(one, "_optimizer_step_pre_hooks"):
-            inside = steps.inside(one)
             raise ValueError(
                 f"the {type(one).__name__} takes no step hooks, because its class does not call "
-                "torch.optim.Optimizer.__init__. "
-                + (f"Attach to the optimizer inside of it: optimizer.{inside}." if inside else "Call it there.")
+                f"torch.optim.Optimizer.__init__.{advice or ' Call it there.'}"
             )
     return found

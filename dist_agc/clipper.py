@@ -19,7 +19,7 @@ from .engine.execution import Execution
 from .engine.row_norms import load
 from .frameworks import Model
 from .model.kinds import registrations
-from .model.names import Entry, numberless
+from .model.names import Entry, first_of, numberless
 from .model.parameter import Parameter
 from .model.units import UnitRule, unit_rules
 from .stats import ClipStats
@@ -92,6 +92,7 @@ class Clipper:
             p.pieces(rule)  # here, so that what cannot be cut into its units is told at once
         _tell_guesses([(p, rule) for p, rule in pairs if id(p.tensor) not in self._held])
         self.parameters, self.rules, self._idle, self._executions = list(parameters), rules, idle, {}
+        self._unreduced = {p.unreduced for p in parameters if p.unreduced is not None}
         self._held, self._lay = {id(p.tensor) for p in parameters}, [p.lies() for p in parameters]
 
     def _in_models(self) -> list[int]:
@@ -141,7 +142,7 @@ class Clipper:
 
     def unreduced(self, holders: Collection[Tensor] | None = None) -> str | None:
         """The name of a governed parameter whose gradient is one rank's own, since its wrapper reduces none now."""
-        waiting = {said for said in {p.unreduced for p in self.parameters} if said is not None and said()}
+        waiting = {said for said in self._unreduced if said()}
         if not waiting:
             return None
         chosen = {id(tensor) for tensor in ([p.tensor for p in self.parameters] if holders is None else holders)}
@@ -230,10 +231,9 @@ def _tell_guesses(pairs: Iterable[tuple[Parameter, UnitRule | None]]) -> None:
     if not shapes:
         return
     found, first = [f"{name!r} {shape}" for name, shape in shapes.items()], next(iter(shapes))
-    more = f" and {len(found) - 5} more" if len(found) > 5 else ""
     given = " (pass the model itself in place of its parameters)" if first.isdigit() else ""
     warnings.warn(
-        f"dist_agc does not know the modules of {', '.join(found[:5])}{more}{given} and guesses that dim 0 numbers "
+        f"dist_agc does not know the modules of {first_of(found, 5)}{given} and guesses that dim 0 numbers "
         f"their units. Say which dims do: units={{{first!r}: 0}} keeps the guess; (0, 1) is for a stack of matrices "
         "(n, out, in), (0, 2) for (n, in, out). dist_agc.units(model) lists every parameter, and "
         "dist_agc.register_units tells dist_agc of a module of your own.",

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from .clipper import Clipper
 from .config import check_threshold
 from .frameworks import refused
-from .model.names import Entry
+from .model.names import Entry, first_of
 
 
 def held(*optimizers: Optimizer) -> list[Tensor]:
@@ -188,7 +188,6 @@ def _alike(old: Tensor, new: Tensor) -> bool:
     return old.shape == new.shape or (old.ndim == new.ndim > 1 and old.shape[1:] == new.shape[1:])
 
 
-def _shapes(tensors: Iterable[Tensor], most: int = 5) -> str:
+def _shapes(tensors: Iterable[Tensor]) -> str:
     shapes = [str(tuple(p.shape)) for p in tensors]
-    more = f" and {len(shapes) - most} more" if len(shapes) > most else ""
-    return f"{len(shapes)} tensor{'s' if len(shapes) > 1 else ''} of shape {', '.join(shapes[:most])}{more}"
+    return f"{len(shapes)} tensor{'s' if len(shapes) > 1 else ''} of shape {first_of(shapes, 5)}"

@@ -26,6 +26,7 @@ from torch.autograd import Variable
 from torch.optim import Optimizer
 
 from .clipper import Clipper
+from .engine.measure import norm_of
 from .frameworks import hooks, modules, not_in_backward, plain
 from .held import group_thresholds, held
 from .model.parameter import Parameter
@@ -206,9 +207,7 @@ def _size(parameter: Parameter) -> Tensor:
     """The sum of the absolute values of this rank's part of a gradient."""
     grad = parameter.tensor.grad
     assert grad is not None
-    local = parameter.local(grad)
-    values = local.coalesce().values() if local.is_sparse else local
-    return torch.linalg.vector_norm(values, 1, dtype=torch.promote_types(values.dtype, torch.float32))
+    return norm_of(parameter.local(grad), 1)
 
 
 def refuse_scaler(optimizer: Optimizer) -> None:

@@ -12,6 +12,7 @@ from torch.optim import SGD, Optimizer
 import dist_agc
 import oracle
 from helpers import assert_some_clipped, full_grads, full_weights, reference, worst_distance, worst_relative_error
+from lomo import Lomo
 
 THRESHOLD, LR = 0.05, 0.1
 
@@ -70,34 +71,6 @@ class OptimizersInBackwardContainer(Optimizer):
         pass
 
 
-class Lomo(Optimizer):
-    """The shape of lomo_optim's: the gradient of any parameter brings the steps of those that have one already."""
-
-    loss_scaler: Any = None
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.grad_func = self.fuse_update()
-        for p in model.parameters():
-            p.register_hook(self.grad_func)
-        super().__init__(model.parameters(), {"lr": LR})
-
-    def fuse_update(self) -> Callable[[Any], Any]:
-        def func(x: Any) -> Any:
-            with torch.no_grad():
-                for p in self.model.parameters():
-                    if p.grad is not None:
-                        p.add_(p.grad, alpha=-LR)
-                        p.grad = None
-            return x
-
-        return func
-
-    def fused_backward(self, loss: Tensor, lr: float) -> None:
-        loss.backward()
-        self.grad_func(0)
-
-
 def of_torch(model: nn.Module) -> Optimizer:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.jit.script is deprecated
@@ -108,7 +81,7 @@ def of_torch(model: nn.Module) -> Optimizer:
 
 LIBRARIES: dict[str, Callable[[nn.Module], Optimizer]] = {
     "torchtitan": OptimizersInBackwardContainer,
-    "lomo": Lomo,
+    "lomo": lambda model: Lomo(model, LR),
     "torch": of_torch,
 }
 
@@ -144,7 +117,7 @@ def test_a_step_that_comes_after_all_was_stepped_is_refused(model: nn.Sequential
 
 
 def test_a_loss_scale_of_lomo_is_refused(model: nn.Sequential) -> None:
-    optimizer = Lomo(model)
+    optimizer = Lomo(model, LR)
     dist_agc.attach(model, optimizer, during_backward=True)
     optimizer.loss_scaler = object()  # made in the first backward of a loss in fp16
     with pytest.raises(RuntimeError, match="cannot be right with LOMO's loss scale"):

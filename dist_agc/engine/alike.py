@@ -20,7 +20,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..model.names import first_of
 from ..model.parameter import Parameter
+from .measure import norm_of
 
 # So many norms, of the largest parameters, are in what a rank leaves: 2 kB, with any number of ranks that read it.
 _MOST = 24
@@ -50,7 +52,7 @@ def compare(parameters: Sequence[Parameter], weights: Sequence[Tensor], grads: S
         return
     left[key] = 0
     largest = sorted(whole, key=lambda one: -one[0].numel)[:_MOST]
-    norms = torch.stack([_norm(x) for _, *both in largest for x in both]).view(-1, 2).tolist()
+    norms = torch.stack([norm_of(x).double().cpu() for _, *both in largest for x in both]).view(-1, 2).tolist()
     mine = {p.name: pair for (p, _, _), pair in zip(largest, norms, strict=True)}
     rank, store = dist.get_rank(), dist.distributed_c10d._get_default_store()
     first, theirs = json.loads(store.compare_set(key, "", json.dumps([rank, mine])))
@@ -84,12 +86,6 @@ def _group() -> dist.ProcessGroup:
     return group
 
 
-def _norm(tensor: Tensor) -> Tensor:
-    values = tensor.coalesce().values() if tensor.is_sparse else tensor
-    values = torch.view_as_real(values.resolve_conj()) if values.is_complex() else values
-    return torch.linalg.vector_norm(values, dtype=torch.promote_types(values.dtype, torch.float32)).double().cpu()
-
-
 def _differing(mine: dict[str, list[float]], theirs: dict[str, list[float]]) -> list[str]:
     """The parameters whose gradients differ; none where weights do too, since such ranks do not hold one model."""
     pairs = [(name, mine[name], theirs[name]) for name in mine if name in theirs]
@@ -100,9 +96,8 @@ def _differing(mine: dict[str, list[float]], theirs: dict[str, list[float]]) -> 
 
 
 def _warn(names: Sequence[str], here: int, there: int) -> None:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     warnings.warn(
-        f"the gradients of {', '.join(map(repr, names[:3]))}{more} differ between rank {here} and rank {there}, whose "
+        f"the gradients of {first_of(map(repr, names), 3)} differ between rank {here} and rank {there}, whose "
         "weights are the same: AGC clips on each rank what that rank has. If the optimizer averages gradients over "
         "ranks in its step, or nobody does, average them before that step (DDP does, in the last backward). If these "
         "ranks are meant to train apart, all is well.",

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..config import AGCConfig
+from ..model.names import first_of
 from ..model.parameter import Parameter, Unknown
 from ..model.units import UnitRule
 from ..rules.agc import AGC
@@ -26,6 +27,7 @@ from .counts import ByParameter, Counts, Judged, Tally
 from .kernels import Scaling
 from .measure import Norms
 from .plan import LARGEST, AxisPlan, Plan
+from .reuse import Reuse
 from .shares import Shares
 
 # A unit that was just clipped lies within rounding of its limit: it is not clipped again. (In 16 bits its elements
@@ -57,9 +59,7 @@ class Execution:
         self._tell_unread(unread)
         pairs = [(p, rule) for p, rule in pairs if p.name not in unread]
         self.plan = Plan([p for p, _ in pairs], [rule for _, rule in pairs])
-        self._calls = 0
-        self._written: list[tuple[int, int]] = []  # where weights lay at the last call, and how often written by then
-        self._writes: list[int] | None = None  # how often between the two calls before this one
+        self._reuse = Reuse(config.weight_norm_interval)
         self._bound: _Bound | None = None
 
     def clip(
@@ -79,7 +79,7 @@ class Execution:
         if first:
             alike.compare(self.plan.parameters, weights, grads)
         complete = bound.shares.add_up(weights, grads)
-        fresh = config.weight_norm_interval == 1 or self._measured_anew(weights)
+        fresh = self._reuse.is_over(weights)
         tally = Counts(config.eps) if config.statistics else None
         bound.judge_all(weights if fresh else [], complete, grad_scale, tally)
         stats = None if tally is None else self._statistics(tally)
@@ -97,19 +97,6 @@ class Execution:
         bound.judge_all(weights, bound.shares.add_up(weights, grads), None, tally)
         bound.weight.copy_(weight)  # clipping goes on with the weight norms that it had
         return tally.rows[: self.plan.governed]
-
-    def _measured_anew(self, weights: Sequence[Tensor]) -> bool:
-        """Whether the interval is over, or someone beside the optimizer has written weights, as `load_state_dict` does.
-
-        An optimizer writes a weight equally often in every step. Each rank decides for itself what it measures.
-        """
-        before, self._written = self._written, [(w.data_ptr(), w._version) for w in weights]
-        moved = [now[0] != then[0] for now, then in zip(self._written, before, strict=False)]
-        writes = [now[1] - then[1] for now, then in zip(self._written, before, strict=False)]
-        over = self._calls % self.config.weight_norm_interval == 0
-        anew = over or any(moved) or writes != self._writes
-        self._calls, self._writes = self._calls + 1, writes if before else None
-        return anew
 
     def _begin(self, limits: list[float]) -> tuple[list[Tensor], list[Tensor | None], _Bound]:
         """Weights and gradients, checked. At the first call ranks compare what they have: most mistakes show here."""
@@ -132,9 +119,8 @@ class Execution:
         new = [name for name in found if name not in self._once.told]
         if new and self.config.statistics:
             self._once.told.update(new)
-            more = f" and {len(new) - 5} more" if len(new) > 5 else ""
             warnings.warn(
-                f"grad_norm is without the gradients of {', '.join(map(repr, new[:5]))}{more}: they are excluded, and "
+                f"grad_norm is without the gradients of {first_of(map(repr, new), 5)}: they are excluded, and "
                 f"dist_agc cannot read them. {found[new[0]]}",
                 UserWarning,
                 stacklevel=2,

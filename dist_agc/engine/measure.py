@@ -12,6 +12,12 @@ from ..model.blocks import Block
 from .kernels import Kernel, one_kernel, unit_norms_, vector_norm
 
 
+def norm_of(tensor: Tensor, order: float = 2) -> Tensor:
+    """The norm of all that a local tensor holds, sparse ones too, in 32 bits at least."""
+    values = tensor.coalesce().values() if tensor.is_sparse else tensor
+    return torch.linalg.vector_norm(values, order, dtype=torch.promote_types(values.dtype, torch.float32))
+
+
 class Norms:
     """The norms of the units of ``blocks`` in the vector ``out``, block after block.
 

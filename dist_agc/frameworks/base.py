@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -90,6 +91,10 @@ def read(owner: Any, attribute: str, library: str, version: str, supported: str)
             f"dist_agc reads {type(owner).__name__}.{attribute}, which {library} {version} does not have; supported is "
             f"{supported}."
         ) from None
+
+
+def read_torch(owner: Any, attribute: str) -> Any:
+    return read(owner, attribute, "torch", torch.__version__, "torch 2.6 to 2.15")
 
 
 def makes_state() -> bool:

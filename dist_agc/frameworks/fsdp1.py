@@ -11,14 +11,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from ..model.names import Entry, Owners, held_by, joined, module_paths
 from ..model.parameter import Parameter, Unknown
 from ..model.units import UnitRule
 from ._flat import ALONE, FlatInterval, Span
-from .base import Framework, group_axis, is_a, read
+from .base import Framework, group_axis, is_a, read_torch
 
 _CLASS = "FullyShardedDataParallel"
 _OVER_DTENSOR = (
@@ -100,27 +99,23 @@ class _Whole(Parameter):
     framework: ClassVar[str] = "FSDP1"
 
 
-def _read(owner: Any, attribute: str) -> Any:
-    return read(owner, attribute, "torch", torch.__version__, "torch 2.6 to 2.15")
-
-
 def _parameters(
     module: nn.Module, known: dict[int, Entry], paths: dict[int, list[tuple[str, Owners]]]
 ) -> Iterator[Parameter]:
     """Those of one FSDP1 module. By ``id``, ``known``: entries, by their tensor; ``paths``: of every module."""
-    handle = _read(module, "_handle")
+    handle = read_torch(module, "_handle")
     if handle is None:
         return
-    flat: Any = _read(handle, "flat_param")
-    meta = {attribute: _read(flat, attribute) for attribute in _METADATA}
+    flat: Any = read_torch(handle, "flat_param")
+    meta = {attribute: read_torch(flat, attribute) for attribute in _METADATA}
     originals = meta["_params"]  # None without use_orig_params
     over = meta["_param_extensions"]  # by parameter, what is known of the DTensor that it was; None: it was plain
-    sharded = bool(_read(handle, "uses_sharded_strategy"))
-    axis, copies = group_axis(_read(handle, "process_group")), ()
+    sharded = bool(read_torch(handle, "uses_sharded_strategy"))
+    axis, copies = group_axis(read_torch(handle, "process_group")), ()
     if not sharded:
         axis, copies = ALONE, (axis,)
-    elif "HYBRID" in _read(module, "sharding_strategy").name:
-        copies = (group_axis(_read(module, "_inter_node_pg")),)
+    elif "HYBRID" in read_torch(module, "sharding_strategy").name:
+        copies = (group_axis(read_torch(module, "_inter_node_pg")),)
     if originals is not None and not sharded:
         for p, whole in zip(originals, over, strict=True):
             if id(p) in known and whole is None:

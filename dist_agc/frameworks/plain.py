@@ -10,12 +10,11 @@ from functools import partial
 from typing import Any
 from weakref import ref
 
-import torch
 from torch import Tensor, nn
 
 from ..model.names import Entry
 from ..model.parameter import Parameter
-from .base import Framework, group_axis, is_a, read
+from .base import Framework, group_axis, is_a, read_torch
 
 _NOT_FINAL = "DistributedDataParallel reduces gradients after the hooks of their parameters"
 
@@ -59,7 +58,7 @@ def _joins(wrapper: ref[nn.parallel.DistributedDataParallel]) -> bool:
     It is the same on all of them, whichever batches they have left.
     """
     found = wrapper()
-    return found is not None and read(found, "_join_config", "torch", torch.__version__, "torch 2.6 to 2.13").enable
+    return found is not None and read_torch(found, "_join_config").enable
 
 
 def _in_no_sync(wrapper: ref[nn.parallel.DistributedDataParallel], ranks: int) -> bool:

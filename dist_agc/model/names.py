@@ -23,6 +23,13 @@ WRAPPED = {
 }
 
 
+def first_of(texts: Iterable[str], most: int) -> str:
+    """For a message: so many of them, and the number of the rest."""
+    texts = list(texts)
+    more = f" and {len(texts) - most} more" if len(texts) > most else ""
+    return ", ".join(texts[:most]) + more
+
+
 # Modules, the innermost first, each with the name that something has in it.
 Owners = tuple[tuple[nn.Module, str], ...]
 

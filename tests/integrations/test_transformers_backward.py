@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 import torch
 import workload
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import SGD
 
 import dist_agc
+from lomo import Lomo
 
 pytest.importorskip("transformers", reason="needs pip install 'dist-agc[transformers]'")
 
@@ -24,34 +25,15 @@ SGD_OF_RUN: dict[str, Any] = {"lr": workload.LR, "momentum": workload.MOMENTUM}
 pytestmark = pytest.mark.filterwarnings("ignore:The `use_cpu` argument:FutureWarning")
 
 
-class Lomo(SGD):
-    """Steps what has a gradient when the next gradient comes, as lomo_optim.Lomo does."""
+class AdaLomo(Lomo):
+    """With the momentum of all runs of these tests."""
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__(model.parameters(), **SGD_OF_RUN)
-        self.grad_func = self.fuse_update()
-        for p in model.parameters():
-            p.register_hook(self.grad_func)
+        super().__init__(model, workload.LR)
+        self.each = {p: SGD([p], **SGD_OF_RUN) for p in model.parameters()}
 
-    def fuse_update(self) -> Callable[[Any], Any]:
-        each = {p: SGD([p], **SGD_OF_RUN) for group in self.param_groups for p in group["params"]}
-
-        def func(x: Any) -> Any:
-            for p, optimizer in each.items():
-                if p.grad is not None:
-                    optimizer.step()
-                    p.grad = None
-            return x
-
-        return func
-
-    def fused_backward(self, loss: Tensor, lr: float) -> None:
-        loss.backward()
-        self.grad_func(0)
-
-
-class AdaLomo(Lomo):
-    pass
+    def update(self, p: nn.Parameter) -> None:
+        self.each[p].step()
 
 
 @pytest.fixture
