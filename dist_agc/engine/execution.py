@@ -73,11 +73,7 @@ class Execution:
         config = self.config
         default = config.clipping_threshold if clipping_threshold is None else clipping_threshold
         asked = (thresholds.get(id(p.tensor), default) for p in self.plan.parameters[: self.plan.governed])
-        first = self._bound is None
         weights, grads, bound = self._begin([math.inf if value is None else value for value in asked])
-        alike.look()
-        if first:
-            alike.compare(self.plan.parameters, weights, grads)
         complete = bound.shares.add_up(weights, grads)
         fresh = self._reuse.is_over(weights)
         tally = Counts(config.eps) if config.statistics else None
@@ -110,6 +106,8 @@ class Execution:
         if self._bound is None:
             shares = Shares(self.plan, agree(self.plan, self.config, limits, self._once), grads)
             self._bound = _Bound(self.plan, self.config, shares, weights)
+            alike.compare(self.plan.parameters, weights, grads)
+        alike.look()
         self._tell_unread(unread)
         self._bound.set_limits(limits)
         return weights, grads, self._bound

@@ -161,3 +161,16 @@ def test_any_kind_of_number(world: World, dtype: torch.dtype) -> None:
         dist_agc.apply_agc(model, units={"*": 0})
 
     assert len(said(world, train)) == 1
+
+
+def test_looking_at_ratios_first_hides_nothing(world: World) -> None:
+    model = network()
+    clipper = dist_agc.Clipper(model)
+
+    def train(step: int) -> None:
+        backward(model, world.rank, step)
+        if not step:
+            dist_agc.ratios(clipper)
+        clipper.clip()
+
+    assert len(said(world, train)) == 1
