@@ -1,9 +1,7 @@
 """AGCCallback in the real Lightning Trainer, and attach() under Fabric, against the oracle."""
 
 import logging
-import sys
 import warnings
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -11,10 +9,19 @@ import torch
 import workload
 from torch.distributed.tensor import DTensor
 
+import turns
+
 pytest.importorskip("lightning", reason="needs pip install 'dist-agc[lightning]'")
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
+
+trained = turns.fixture(
+    (1, ["plain", "accumulate", "manual", "manual-two", "scaler", "fused", "clip_val", "fabric-plain"]),
+    (2, ["ddp", "fsdp2", "fabric-ddp"]),
+    (2, ["zero2", "zero3"]),  # apart: they want DeepSpeed
+    read=workload.left_in,
+)
 
 
 def module(how: str) -> "LightningModule":
@@ -113,9 +120,10 @@ def train(how: str, folder: str) -> None:
     plugins: list[Any] = []
     if how in ("scaler", "fused"):
         scaler = torch.amp.GradScaler("cpu", init_scale=4096.0)  # pyright: ignore[reportPrivateImportUsage]
-        plugins = [MixedPrecision("16-mixed", "cpu", scaler)]
+        precision = MixedPrecision("16-mixed", "cpu", scaler)
         # The arithmetic stays that of the oracle; the scaler's part is what is looked at.
-        MixedPrecision.forward_context = lambda self: torch.autocast("cpu", enabled=False)  # type: ignore[method-assign]
+        precision.forward_context = lambda: torch.autocast("cpu", enabled=False)  # type: ignore[method-assign]
+        plugins = [precision]
     options = {} if zero else {"clipping_threshold": workload.THRESHOLD, "exclude": workload.EXCLUDE}
     callback = AGCCallback(**options, per_parameter_every=2)
     steps: list[dict[str, Any]] = []
@@ -187,13 +195,13 @@ def fabric(how: str, folder: str) -> None:
         ("zero3", 2),
     ],
 )
-def test_same_units_and_weights_as_the_oracle(how: str, ranks: int, tmp_path: Path) -> None:
-    found = workload.run(__file__, tmp_path, how, ranks=ranks)
+def test_same_units_and_weights_as_the_oracle(how: str, ranks: int, trained: turns.Trained) -> None:
+    found = trained(how)
     workload.assert_as_oracle(found)
     assert f"AGC on {ranks} process" in found["log"]
     layout = "DTensor" if how == "fsdp2" else "DeepSpeed" if how.startswith("zero") else "whole on every rank"
     assert layout in found["log"]
-    rows = (tmp_path / "csv" / "version_0" / "metrics.csv").read_text().splitlines()
+    rows = (found["folder"] / "csv" / "version_0" / "metrics.csv").read_text().splitlines()
     names = rows[0].split(",")
     column = [row.split(",")[names.index("agc/clip_fraction")] for row in rows[1:]]
     fractions = [sum(step["clipped"].values()) / step["units"] for step in found["steps"]]
@@ -204,22 +212,22 @@ def test_same_units_and_weights_as_the_oracle(how: str, ranks: int, tmp_path: Pa
     assert per_parameter.count(True) == (5 if how == "manual-two" else 2)  # every second step of an optimizer
 
 
-def test_a_scale_that_the_optimizer_removes_itself_is_seen_through(tmp_path: Path) -> None:
-    found = workload.run(__file__, tmp_path, "fused")
+def test_a_scale_that_the_optimizer_removes_itself_is_seen_through(trained: turns.Trained) -> None:
+    found = trained("fused")
     first = workload.reference()[0][0]  # Adam goes another way from the second step on
     assert found["steps"][0]["clipped"] == {name: of.clipped_units for name, of in first.per_parameter.items()}
     assert found["steps"][0]["grad_norm"] == pytest.approx(first.grad_norm, rel=1e-5)
 
 
-def test_clip_val_is_warned_of(tmp_path: Path) -> None:
-    found = workload.run(__file__, tmp_path, "clip_val")
+def test_clip_val_is_warned_of(trained: turns.Trained) -> None:
+    found = trained("clip_val")
     workload.assert_as_oracle(found)
     assert found["log"].count("gradient_clip_val=1000000.0: gradients are clipped by AGC first") == 1
 
 
-@pytest.mark.parametrize(("how", "ranks"), [("fabric-plain", 1), ("fabric-ddp", 2)])
-def test_fabric_needs_no_callback(how: str, ranks: int, tmp_path: Path) -> None:
-    workload.assert_as_oracle(workload.run(__file__, tmp_path, how, ranks=ranks))
+@pytest.mark.parametrize("how", ["fabric-plain", "fabric-ddp"])
+def test_fabric_needs_no_callback(how: str, trained: turns.Trained) -> None:
+    workload.assert_as_oracle(trained(how))
 
 
 @pytest.mark.filterwarnings("ignore:The `srun` command")  # where SLURM is installed
@@ -232,4 +240,4 @@ def test_lightnings_fsdp_strategy_cannot_run_here() -> None:
 
 
 if __name__ == "__main__":
-    (fabric if sys.argv[2].startswith("fabric") else train)(sys.argv[2], sys.argv[1])
+    turns.take(lambda how, folder: (fabric if how.startswith("fabric") else train)(how, folder))

@@ -1,6 +1,5 @@
 """Several optimizers on one model, optimizers and models that wrap others, and plain loggers."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,12 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import dist_agc
 import oracle
+import turns
 from helpers import full_grads, full_weights, worst_relative_error
 
 HEAD = ("head.weight", "head.bias")
+
+trained = turns.fixture((2, ["muon", "zero_redundancy"]), read=workload.left_in)
 
 
 def backward(net: workload.Net, rank: int = 0, ranks: int = 1) -> oracle.Reference:
@@ -43,11 +45,11 @@ def train_with_muon(net: workload.Net, rank: int = 0, ranks: int = 1) -> list[di
     return steps
 
 
-def test_muon_and_adamw_on_one_model(tmp_path: Path) -> None:
+def test_muon_and_adamw_on_one_model(trained: turns.Trained) -> None:
     """And sharded by FSDP2, whose ranks clip the same units and reach the same weights."""
     net = workload.model()
     steps = train_with_muon(net)
-    found = workload.run(__file__, tmp_path, "muon", ranks=2)
+    found = trained("muon")
     assert [step["clipped"] for step in found["steps"]] == [step["clipped"] for step in steps]
     for name, weight in net.named_parameters():  # Muon orthogonalises in bfloat16
         assert float((found["weights"][name] - weight.detach()).norm() / weight.detach().norm()) < 1e-2
@@ -64,7 +66,6 @@ def muon(folder: str) -> None:
     weights = workload.full_weights(net)
     if dist.get_rank() == 0:
         workload.save(folder, steps, weights)
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("kind", ["swa", "ema"])
@@ -150,11 +151,10 @@ def zero_redundancy(folder: str) -> None:
         steps.append(workload.record(hook.stats))
     if dist.get_rank() == 0:
         workload.save(folder, steps, dict(net.named_parameters()))
-    dist.destroy_process_group()
 
 
-def test_zero_redundancy_optimizer(tmp_path: Path) -> None:
-    workload.assert_as_oracle(workload.run(__file__, tmp_path, "zero_redundancy", ranks=2))
+def test_zero_redundancy_optimizer(trained: turns.Trained) -> None:
+    workload.assert_as_oracle(trained("zero_redundancy"))
 
 
 def test_tensorboard(tmp_path: Path) -> None:
@@ -178,4 +178,4 @@ def test_tensorboard(tmp_path: Path) -> None:
 
 
 if __name__ == "__main__":
-    {"muon": muon, "zero_redundancy": zero_redundancy}[sys.argv[2]](sys.argv[1])
+    turns.take(lambda case, folder: {"muon": muon, "zero_redundancy": zero_redundancy}[case](folder))

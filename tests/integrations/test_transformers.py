@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,19 @@ import torch
 import workload
 
 import dist_agc
+import turns
 
 pytest.importorskip("transformers", reason="needs pip install 'dist-agc[transformers]'")
 
+trained = turns.fixture(
+    (1, ["plain", "accumulate", "reused", "norm", "refused"]),
+    (2, ["ddp", "fsdp2", "fsdp"]),
+    (
+        2,
+        ["zero0", "zero1", "zero2", "zero3", "zero1-number", "zero1-launched", "zero1-kept"],
+    ),  # apart: they want DeepSpeed
+    read=workload.left_in,
+)
 NORM_OFF = "switched off max_grad_norm"
 
 
@@ -111,7 +120,7 @@ def train(how: str, folder: str) -> None:
         workload.save(folder, steps, weights, logs=logs, max_grad_norm=trainer.args.max_grad_norm, engine_norm=norm)
 
 
-def refused(folder: str) -> None:
+def refused(_: str, folder: str) -> None:
     from transformers import Trainer, TrainingArguments
 
     from dist_agc.integrations.transformers import AGCCallback
@@ -126,13 +135,9 @@ def refused(folder: str) -> None:
         workload.save(folder, [], {}, said=str(error))
 
 
-def run(how: str, folder: Path, ranks: int = 1) -> dict[str, Any]:
-    return workload.run(__file__, folder, how, ranks=ranks)
-
-
 @pytest.mark.parametrize(("how", "ranks"), [("plain", 1), ("accumulate", 1), ("reused", 1), ("ddp", 2), ("fsdp2", 2)])
-def test_same_units_and_weights_as_the_oracle(how: str, ranks: int, tmp_path: Path) -> None:
-    found = run(how, tmp_path, ranks)
+def test_same_units_and_weights_as_the_oracle(how: str, ranks: int, trained: turns.Trained) -> None:
+    found = trained(how)
     workload.assert_as_oracle(found)
     assert found["max_grad_norm"] == 0 and NORM_OFF in found["log"]
     fractions = [entry["agc/clip_fraction"] for entry in found["logs"]]
@@ -143,7 +148,7 @@ def test_same_units_and_weights_as_the_oracle(how: str, ranks: int, tmp_path: Pa
     if how == "plain":  # the Trainer's own loggers saw them too
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-        (events,) = tmp_path.rglob("events.out.*")
+        (events,) = found["folder"].rglob("events.out.*")
         accumulator = EventAccumulator(str(events))
         accumulator.Reload()
         seen = [point.value for point in accumulator.Scalars("train/agc/clip_fraction")]
@@ -151,30 +156,30 @@ def test_same_units_and_weights_as_the_oracle(how: str, ranks: int, tmp_path: Pa
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_deepspeed_by_its_json_alone(stage: int, tmp_path: Path) -> None:
+def test_deepspeed_by_its_json_alone(stage: int, trained: turns.Trained) -> None:
     pytest.importorskip("deepspeed", reason="needs pip install 'dist-agc[deepspeed]'")
-    found = run(f"zero{stage}", tmp_path, 2)
+    found = trained(f"zero{stage}")
     workload.assert_as_oracle(found)
     assert found["max_grad_norm"] == 0 and NORM_OFF in found["log"]
 
 
-def test_fallback_from_fsdp_to_ddp_is_said(tmp_path: Path) -> None:
-    found = run("fsdp", tmp_path, 2)
+def test_fallback_from_fsdp_to_ddp_is_said(trained: turns.Trained) -> None:
+    found = trained("fsdp")
     workload.assert_as_oracle(found)
     assert "FSDP was asked for, but every parameter is whole on every rank" in found["log"]
 
 
-def test_norm_clipping_that_was_asked_for_stays_and_is_warned_of(tmp_path: Path) -> None:
-    found = run("norm", tmp_path)
+def test_norm_clipping_that_was_asked_for_stays_and_is_warned_of(trained: turns.Trained) -> None:
+    found = trained("norm")
     assert found["max_grad_norm"] == 0.4
     assert found["log"].count("max_grad_norm=0.4: gradients are clipped by their global norm first") == 1
     assert all(step["grad_norm"] < 0.4001 for step in found["steps"])  # AGC comes second
 
 
 @pytest.mark.parametrize(("how", "norm"), [("zero1-number", 0.4), ("zero1-launched", 1.0), ("zero1-kept", 1.0)])
-def test_norm_clipping_of_a_deepspeed_config(how: str, norm: float, tmp_path: Path) -> None:
+def test_norm_clipping_of_a_deepspeed_config(how: str, norm: float, trained: turns.Trained) -> None:
     """A number in the JSON stays, whoever hands the JSON over, with one warning; norm_clipping=True says nothing."""
-    found = run(how, tmp_path, 2)
+    found = trained(how)
     assert (found["max_grad_norm"], found["engine_norm"]) == (norm, norm)
     assert all(step["grad_norm"] < norm * 1.0001 for step in found["steps"])  # AGC comes second
     warnings = [line for line in found["log"].splitlines() if "clip" in line and "before AGC sees" in line]
@@ -211,9 +216,9 @@ def test_what_norm_clipping_makes_of_max_grad_norm(
     assert len(records) == bool(said) and all(said in record for record in records)
 
 
-def test_a_deepspeed_config_that_nothing_reads_is_refused(tmp_path: Path) -> None:
+def test_a_deepspeed_config_that_nothing_reads_is_refused(trained: turns.Trained) -> None:
     pytest.importorskip("deepspeed", reason="needs pip install 'dist-agc[deepspeed]'")
-    assert "the Trainer runs without DeepSpeed" in run("refused", tmp_path)["said"]
+    assert "the Trainer runs without DeepSpeed" in trained("refused")["said"]
 
 
 def test_settings_are_checked_before_training() -> None:
@@ -227,4 +232,4 @@ def test_settings_are_checked_before_training() -> None:
 
 
 if __name__ == "__main__":
-    refused(sys.argv[1]) if sys.argv[2] == "refused" else train(sys.argv[2], sys.argv[1])
+    turns.take(lambda how, folder: (refused if how == "refused" else train)(how, folder))

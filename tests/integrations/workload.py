@@ -1,12 +1,9 @@
-"""What every framework's test trains, how it starts processes, and what the oracle makes of the same training.
+"""What every framework's test trains, what a run leaves for its test, and what the oracle makes of the same training.
 
 The whole data set is one batch, so the order in which a framework deals it out does not matter.
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +13,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 import oracle
+import turns
 
-ROOT = Path(__file__).parents[2]
 SAMPLES, FEATURES, CLASSES = 24, 6, 3
 STEPS, LR, MOMENTUM = 5, 0.3, 0.9
 THRESHOLD, EXCLUDE = 0.15, "head.*"
@@ -118,25 +115,17 @@ def save(folder: str, steps: list[dict[str, Any]], weights: dict[str, Tensor], *
     Path(folder, "run.json").write_text(json.dumps({"steps": steps, **more}))
 
 
-def run(script: str, folder: Path, *arguments: str, ranks: int = 1, python: str = sys.executable) -> dict[str, Any]:
+def run(script: str, folder: Path, *arguments: str, ranks: int = 1) -> dict[str, Any]:
     """Run a script in processes of its own, which get ``folder`` and the arguments, and read what it left."""
-    torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--rdzv-backend=c10d"]
-    torchrun += ["--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"]
-    path = os.pathsep.join(map(str, [ROOT, ROOT / "tests", ROOT / "tests" / "at_exit"]))
-    ours = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    offline = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "WANDB_MODE": "offline"}
-    result = subprocess.run(
-        [python, *(torchrun if ranks > 1 else []), script, str(folder), *arguments],
-        cwd=folder,
-        env=os.environ | ours | offline | {"GLOO_SOCKET_IFNAME": "lo"},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    log = result.stdout + result.stderr
-    assert result.returncode == 0, f"exit code {result.returncode}\n{log[-12000:]}"
-    return {**json.loads((folder / "run.json").read_text()), "weights": torch.load(folder / "weights.pt"), "log": log}
+    code, log = turns.start(script, folder, *arguments, ranks=ranks)
+    assert code == 0, f"exit code {code}\n{log[-12000:]}"
+    return left_in(folder, log)
+
+
+def left_in(folder: Path, log: str) -> dict[str, Any]:
+    """What `save` left there."""
+    found = json.loads((folder / "run.json").read_text())
+    return {**found, "weights": torch.load(folder / "weights.pt"), "log": log, "folder": folder}
 
 
 def assert_as_oracle(found: dict[str, Any], *, tolerance: float = 2e-5, **settings: Any) -> None:
