@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
+import turns
 from dist_agc import AGCConfig, Clipper
 from dist_agc.cli import build
 from dist_agc.engine import row_norms
@@ -198,20 +199,18 @@ def test_the_tables(tmp_path: Path) -> None:
 
 
 COLLECTIVES = {"ddp": 0, "fsdp1": 1, "fsdp2": 1, "hsdp": 1, "tp+fsdp2": 2, "zero1": 1, "zero3": 1}
+ARGUMENTS = ["--model", "test_bench:layered", "--rounds", "1", "--clipped", "0.5", "--json", "--out"]
+joined = turns.fixture((2, ["fsdp1", "fsdp2", "zero1"]), (4, ["hsdp", "tp+fsdp2"]), read=lambda folder, log: log)
 
 
 @pytest.mark.parametrize("layout", COLLECTIVES)
-def test_every_layout_on_its_processes(layout: str, tmp_path: Path) -> None:
+def test_every_layout_on_its_processes(layout: str, joined: turns.Trained, tmp_path: Path) -> None:
     if layout.startswith("zero"):
         pytest.importorskip("deepspeed")
-    arguments = ["--model", "test_bench:layered", "--rounds", "1", "--clipped", "0.5", "--json", "--out", str(tmp_path)]
-    nproc = "4" if layout in ("hsdp", "tp+fsdp2") else "2"
-    command = [sys.executable, "-m", "dist_agc.cli", "bench", "--layout", layout, "--nproc", nproc, *arguments]
-    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
-    assert "50% of units clipped  3/3" in done.stderr, "progress, where stderr is no terminal"
-    assert "profiler" not in done.stderr.replace("profiler results will not", ""), "torch's own lines"
-    text = next(line for line in done.stdout.splitlines() if line.startswith('{"title"'))
+    log = joined(layout) if layout not in ("ddp", "zero3") else started(layout, tmp_path)
+    assert "50% of units clipped  3/3" in log, "progress, where stderr is no terminal"
+    assert "profiler" not in log.replace("profiler results will not", ""), "torch's own lines"
+    text = next(line for line in log.splitlines() if line.startswith('{"title"'))
     found: dict[str, Any] = {row["method"]: row for row in json.loads(text)["clipped"]["0.5"]}
     agc = found[contenders.AGC]
     assert agc["clipped_units"] == round(0.5 * (11 + 2 * (9 + 1 + 12 + 1) + 2))
@@ -222,6 +221,19 @@ def test_every_layout_on_its_processes(layout: str, tmp_path: Path) -> None:
     baseline = {"fsdp1": f"FSDP1 {contenders.NORM}", "zero1": contenders.DEEPSPEED, "zero3": contenders.DEEPSPEED}
     assert found[baseline.get(layout, contenders.NORM)]["to_norm_clip"] == 1.0
     assert agc["to_norm_clip"] > 0
+
+
+def started(layout: str, out: Path) -> str:
+    """The command starts its processes itself."""
+    command = [sys.executable, "-m", "dist_agc.cli", "bench", "--layout", layout, "--nproc", "2", *ARGUMENTS, str(out)]
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+def join(layout: str, folder: str) -> None:
+    """The command joins processes that a launcher has started."""
+    build()(["bench", "--layout", layout, *ARGUMENTS, folder], standalone_mode=False)
 
 
 @pytest.mark.parametrize(
@@ -264,3 +276,7 @@ def test_growth(tmp_path: Path) -> None:
         assert sizes == sorted(set(sizes)) and len(sizes) >= 4 and all(seconds > 0 for _, seconds in curve["points"])
     assert (tmp_path / "growth.png").read_bytes()[:4] == b"\x89PNG"
     assert "planning against ranks" in run(["--growth", "--scale", "0.01"], tmp_path)
+
+
+if __name__ == "__main__":
+    turns.take(join)

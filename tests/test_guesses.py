@@ -3,11 +3,8 @@
 import os
 import re
 import socket
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import dist_agc
+import turns
 
-ROOT = Path(__file__).parents[1]
 TOLD = "dist_agc does not know the modules of"
 
 
@@ -135,7 +132,7 @@ def test_many_guesses_are_counted_and_not_listed() -> None:
     assert "'e.w'" in text and "'f.w'" not in text and "and 2 more" in text
 
 
-# ------------------------------------------------------------------ integrations, each in a process of its own
+# ------------------------------------------------------------------ integrations, in turn in one process
 
 
 def transformers(net: nn.Module, data: list[dict[str, Tensor]], folder: str) -> None:
@@ -207,10 +204,10 @@ def deepspeed(net: nn.Module, data: list[dict[str, Tensor]], folder: str) -> Non
     for batch in data[:2]:
         engine.backward(engine(**{name: value[None] for name, value in batch.items()})["loss"])
         engine.step()
-    torch.distributed.destroy_process_group()
 
 
 INTEGRATIONS = {one.__name__: one for one in (transformers, lightning, accelerate, deepspeed)}
+trained = turns.fixture((1, [*INTEGRATIONS]), read=lambda folder, log: log)
 
 
 class Net(nn.Module):
@@ -224,25 +221,19 @@ class Net(nn.Module):
 
 
 @pytest.mark.parametrize("name", INTEGRATIONS)
-def test_every_integration_tells(name: str, tmp_path: Path) -> None:
+def test_every_integration_tells(name: str, trained: turns.Trained) -> None:
     pytest.importorskip(name)
-    path = os.pathsep.join(map(str, [ROOT, ROOT / "tests", ROOT / "tests" / "at_exit"]))
-    result = subprocess.run(
-        [sys.executable, "-W", "always", __file__, name],
-        cwd=tmp_path,
-        env=os.environ
-        | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "GLOO_SOCKET_IFNAME": "lo"},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert result.returncode == 0, result.stderr[-8000:]
-    assert result.stderr.count(f"UserWarning: {TOLD}") == 1, result.stderr[-8000:]
-    assert "stack.w' (2, 5, 6)" in result.stderr
+    log = trained(name)
+    assert log.count(f"UserWarning: {TOLD}") == 1, log[-8000:]
+    assert "stack.w' (2, 5, 6)" in log
+
+
+def train(name: str, folder: str) -> None:
+    warnings.simplefilter("always")
+    generator = torch.Generator().manual_seed(0)
+    samples = [{"x": torch.randn(6, generator=generator), "labels": torch.tensor(i % 3)} for i in range(12)]
+    INTEGRATIONS[name](Net(), samples, folder)
 
 
 if __name__ == "__main__":
-    generator = torch.Generator().manual_seed(0)
-    samples = [{"x": torch.randn(6, generator=generator), "labels": torch.tensor(i % 3)} for i in range(12)]
-    INTEGRATIONS[sys.argv[1]](Net(), samples, ".")
+    turns.take(train)
