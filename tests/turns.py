@@ -77,18 +77,15 @@ def _ran(script: str, folder: Path, case: str, cases: Sequence[str], ranks: int)
     A case that raises ends the processes, since what it left in them is unknown. The first test whose case was not
     reached starts those that are left.
     """
+    said = ""
     with FileLock(folder / "lock"):
         if not (folder / case).exists():
             left = [case, *(other for other in cases if other != case and not (folder / other).exists())]
             code, said = start(script, folder, *left, ranks=ranks)
-            (folder / "launch.log").write_text(said)
             ended_well = code == 0 or not all(_ended(folder / one, ranks) for one in left)
             assert ended_well, f"exit code {code} after the last case\n{said[-12000:]}"
-        said = (folder / "launch.log").read_text()
     log = "".join(path.read_text() for path in sorted((folder / case).glob("*.log")))
-    assert _ended(folder / case, ranks), (
-        f"{case} did not end on every rank\n{log[-12000:]}\n-- around it:\n{said[-6000:]}"
-    )
+    assert _ended(folder / case, ranks), f"{case} did not end on every rank\n{(log or said)[-12000:]}"
     return log
 
 
@@ -102,19 +99,23 @@ def _ended(folder: Path, ranks: int) -> bool:
 def take(run: Callable[[str, str], None]) -> None:
     """Run the cases that the command line names; ``run`` gets the name of a case and the folder that is its own."""
     root, *cases = sys.argv[1:]
-    environ, rank, stores = dict(os.environ), os.environ.get("RANK", "0"), []
+    environ, together, stores = dict(os.environ), _torchruns_store(), []
+    rank, ranks = int(environ.get("RANK", 0)), int(environ.get("WORLD_SIZE", 1))
     for case in cases:
         folder = Path(root, case)
         folder.mkdir(exist_ok=True)
         os.chdir(folder)
         with _output_in(folder / f"{rank}.log"), warnings.catch_warnings():
-            if "RANK" in environ:
-                stores.append(_meeting_point(case))  # kept: other ranks may still need the one of rank 0
+            if together:
+                stores.append(_meeting_point(case, together, rank))  # kept: other ranks may still need that of rank 0
             run(case, str(folder))
             _forget()
         os.environ.clear()
         os.environ.update(environ)
         (folder / f"{rank}.ended").touch()
+        if together:  # no rank is in another case where one fails
+            together.set(f"{case} ended on {rank}", "")
+            together.wait([f"{case} ended on {other}" for other in range(ranks)])
 
 
 @contextmanager
@@ -141,15 +142,19 @@ def _point_to(output: int, errors: int) -> None:
     os.dup2(errors, 2)
 
 
-def _meeting_point(case: str) -> list[TCPStore]:
+def _torchruns_store() -> TCPStore | None:
+    if "RANK" not in os.environ:
+        return None
+    return TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+
+
+def _meeting_point(case: str, together: TCPStore, rank: int) -> TCPStore | None:
     """A store for this case: in torchrun's own, its process group would read the addresses of the one before it."""
-    torchruns = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-    stores = [torchruns]
-    if os.environ["RANK"] == "0":
-        stores.append(TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False))
-        torchruns.set(case, str(stores[-1].port))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=torchruns.get(case).decode())
-    return stores
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if rank == 0 else None
+    if store is not None:
+        together.set(case, str(store.port))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=together.get(case).decode())
+    return store
 
 
 _linear = torch.nn.functional.linear
