@@ -60,6 +60,7 @@ class AGCHook:
                 undo.enter_context(thresholds_watched(optimizer, clipper.config.clipping_threshold))
                 steps.mark(optimizer, in_step=backward is None)
                 undo.callback(steps.unmark, optimizer)
+            _tell_all_off(self._attachment.optimizers)
             self._attachment.attached(self)
             undo.callback(self._attachment.removed)
             self._undo = undo.pop_all()  # an error until here leaves nothing behind
@@ -145,7 +146,26 @@ class AGCHook:
 
     def _described(self, between: str) -> str:
         ranks = dist.get_world_size() if dist.is_initialized() else 1
-        return f"AGC on {ranks} process{'es' if ranks > 1 else ''}: {self.clipper.described(between)}"
+        described = f"AGC on {ranks} process{'es' if ranks > 1 else ''}: {self.clipper.described(between)}"
+        own = [
+            f"{group['clipping_threshold']} in param_groups[{i}] of {type(optimizer).__name__}"
+            for optimizer in self._attachment.optimizers
+            for i, group in enumerate(optimizer.param_groups)
+            if "clipping_threshold" in group
+        ]
+        return described + (f"{between}thresholds of groups: {first_of(own, 5)}" if own else "")
+
+
+def _tell_all_off(optimizers: Sequence[Optimizer]) -> None:
+    """Warn where no group is to be clipped: maybe a checkpoint says so that was loaded before."""
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    if groups and all(group.get("clipping_threshold", 0.0) is None for group in groups):
+        warnings.warn(
+            "every group of the optimizer has a clipping_threshold of None, so AGC clips nothing. It may come from a "
+            'checkpoint: del group["clipping_threshold"] gives a group the threshold that AGC is attached with.',
+            UserWarning,
+            stacklevel=2,
+        )
 
 
 def attach(

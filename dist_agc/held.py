@@ -36,22 +36,28 @@ def group_thresholds(*optimizers: Optimizer) -> dict[int, float | None]:
 
 @contextmanager
 def thresholds_watched(optimizer: Optimizer, default: float) -> Iterator[None]:
-    """Warn when ``optimizer.load_state_dict`` brings thresholds along: they go before those that were asked for."""
-    before: list[float | None] = []
+    """Warn when ``optimizer.load_state_dict`` changes a group's threshold, which goes before the one asked for."""
+    before: list[dict[str, Any]] = []
 
     def remember(optimizer: Optimizer, _: Any) -> None:
-        before[:] = [group.get("clipping_threshold") for group in optimizer.param_groups]
+        before[:] = [dict(group) for group in optimizer.param_groups]
 
     def compare(optimizer: Optimizer) -> None:
-        for i, (was, group) in enumerate(zip(before, optimizer.param_groups, strict=False)):
-            value = group.get("clipping_threshold")
-            if value is not None and value != was:
-                warnings.warn(
-                    f"param_groups[{i}] has a clipping_threshold of {value} from the checkpoint, which takes the place "
-                    f"of {default if was is None else was}: set the one that you want, or delete it from the group.",
-                    UserWarning,
-                    stacklevel=2,
-                )
+        for i, (old, group) in enumerate(zip(before, optimizer.param_groups, strict=False)):
+            was, value = (one.get("clipping_threshold", default) for one in (old, group))
+            if value == was:
+                continue
+            if "clipping_threshold" in group:
+                new = "None (not clipped)" if value is None else value
+                said = f"has a clipping_threshold of {new} from the checkpoint, which takes the place of {was}"
+            else:
+                said = f"has no clipping_threshold of its own any more: {value} takes the place of {was}"
+            warnings.warn(
+                f"param_groups[{i}] {said}. Set the one that you want in the group, or delete it there to get the "
+                f"{default} that AGC was attached with.",
+                UserWarning,
+                stacklevel=2,
+            )
 
     handles = []
     # Some classes around an optimizer have the hooks of steps alone (pytorch_optimizer's Lookahead).

@@ -1,6 +1,7 @@
 """What an optimizer holds changes while it trains: whatever it steps is clipped, or somebody is told."""
 
 import copy
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -414,6 +415,9 @@ def test_what_a_handle_prints(model: nn.Sequential) -> None:
         "steps clipped so far: 1",
     ):
         assert part in text
+    assert "thresholds of groups" not in text
+    optimizer.param_groups[0]["clipping_threshold"] = 0.5
+    assert "thresholds of groups: 0.5 in param_groups[0] of SGD" in str(hook)
 
 
 def test_a_handle_is_not_copied(model: nn.Sequential) -> None:
@@ -435,6 +439,17 @@ def test_every_parameter_is_excluded(model: nn.Sequential, how: str) -> None:
     spread(model)
     with pytest.warns(UserWarning, match="leaves out every parameter, so AGC clips nothing") as said:
         ways[how]()
+    assert len(said) == 1
+
+
+def test_every_group_says_not_to_clip(model: nn.Sequential) -> None:
+    """A checkpoint that was loaded before may have brought it."""
+    groups = [{"params": model[0].parameters()}, {"params": model[1].parameters(), "clipping_threshold": None}]
+    optimizer = torch.optim.SGD(groups, lr=0.1)
+    dist_agc.attach(model, optimizer).remove()
+    optimizer.param_groups[0]["clipping_threshold"] = None
+    with pytest.warns(UserWarning, match="every group .* clipping_threshold of None, so AGC clips nothing") as said:
+        dist_agc.attach(model, optimizer)
     assert len(said) == 1
 
 
@@ -480,22 +495,37 @@ def test_steps_that_never_call_the_hook(model: nn.Sequential) -> None:
     assert worst_relative_error(full_grads(model), expected.grads) <= 1e-6
 
 
-@pytest.mark.parametrize("was", [None, 0.3])
-def test_a_threshold_from_a_checkpoint(model: nn.Sequential, was: float | None) -> None:
-    """It travels with the optimizer's groups and goes before that of `attach`."""
+NO_KEY = "none"
+
+
+@pytest.mark.parametrize(
+    ("was", "saved", "has", "place"),
+    [
+        (NO_KEY, 0.9, "a clipping_threshold of 0.9", 0.01),
+        (0.3, 0.9, "a clipping_threshold of 0.9", 0.3),
+        (None, 0.9, "a clipping_threshold of 0.9", None),
+        (NO_KEY, None, "a clipping_threshold of None (not clipped)", 0.01),
+        (0.3, None, "a clipping_threshold of None (not clipped)", 0.3),
+        (0.3, NO_KEY, "no clipping_threshold of its own any more", 0.3),
+        (None, NO_KEY, "no clipping_threshold of its own any more", None),
+    ],
+)
+def test_a_threshold_from_a_checkpoint(model: nn.Sequential, was: Any, saved: Any, has: str, place: Any) -> None:
+    """It travels with the optimizer's groups and goes before that of `attach`; so does its absence."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    optimizer.param_groups[0]["clipping_threshold"] = 0.9
+    if saved != NO_KEY:
+        optimizer.param_groups[0]["clipping_threshold"] = saved
     state = copy.deepcopy(optimizer.state_dict())
-    del optimizer.param_groups[0]["clipping_threshold"]
+    optimizer.param_groups[0].pop("clipping_threshold", None)
     hook = dist_agc.attach(model, optimizer, clipping_threshold=0.01)
-    if was is not None:
+    if was != NO_KEY:
         optimizer.param_groups[0]["clipping_threshold"] = was
     with pytest.warns(
-        UserWarning, match=rf"param_groups\[0\] has a clipping_threshold of 0\.9 .*{was or 0.01}"
+        UserWarning, match=rf"param_groups\[0\] has {re.escape(has)}.* takes the place of {place}"
     ) as said:
         optimizer.load_state_dict(state)
     assert len(said) == 1
-    optimizer.load_state_dict(state)
+    optimizer.load_state_dict(state)  # brings nothing new
     hook.remove()
     optimizer.param_groups[0]["clipping_threshold"] = 0.1
     optimizer.load_state_dict(state)
