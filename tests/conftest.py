@@ -13,6 +13,7 @@ import time
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -25,7 +26,13 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 pytest.register_assert_rewrite("helpers", "ranks")
 
 # No tests, and of a name that Python's own installation may have loaded already.
-collect_ignore = ["at_exit"]
+collect_ignore = ["every_process"]
+
+# Processes that tests start find this dist_agc wherever they run, and do what tests/every_process says.
+TESTS = Path(__file__).parent
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [str(TESTS.parent), str(TESTS / "every_process"), *filter(None, [os.environ.get("PYTHONPATH")])]
+)
 
 GROUP_TIMEOUT = timedelta(seconds=float(os.environ.get("DIST_AGC_TEST_GROUP_TIMEOUT", 60)))
 TEST_TIMEOUT = 180  # pytest-timeout's last resort, for a rank that never comes back

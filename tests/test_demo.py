@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[1]
 DEMO = (sys.executable, "-m", "dist_agc.cli", "demo")
 # Of the terminal and of a launcher that runs the tests, nothing may reach the command.
 CLEAN = {k: v for k, v in os.environ.items() if not k.startswith(("OMPI_", "PMIX_", "PRTE_", "TORCHELASTIC_"))}
-ENV = CLEAN | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TERM": "dumb", "COLUMNS": "100"}
+ENV = CLEAN | {"OMP_NUM_THREADS": "1", "TERM": "dumb", "COLUMNS": "100"}
 for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
     ENV.pop(variable, None)
 

@@ -32,7 +32,7 @@ AGREEMENT = {
 
 def run(scenarios: list[str], folder: Path, size: int = 3) -> dict[str, list[dict[str, Any]]]:
     """How each scenario ended on each rank; {} where one died. A rank that does not come back at all is a hang."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parents[1])}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     ranks = [
         subprocess.Popen(
             [sys.executable, str(WORKER), ",".join(scenarios), str(rank), str(size), str(folder / "store")],

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from filelock import FileLock  # torch needs it
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-ROOT = Path(__file__).parents[1]
+TESTS = Path(__file__).parent
 Trained = Callable[[str], Any]
 
 
@@ -30,8 +30,7 @@ def start(script: str, folder: Path, *arguments: str, ranks: int = 1) -> tuple[i
     """A script in processes of its own, which get ``folder`` and the arguments: the exit code, and what they wrote."""
     torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--rdzv-backend=c10d"]
     torchrun += ["--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"]
-    path = os.pathsep.join(map(str, [ROOT, ROOT / "tests", ROOT / "tests" / "at_exit"]))
-    ours = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    ours = {"PYTHONPATH": f"{TESTS}{os.pathsep}{os.environ['PYTHONPATH']}", "OMP_NUM_THREADS": "1"}
     offline = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "WANDB_MODE": "offline"}
     result = subprocess.run(
         [sys.executable, *(torchrun if ranks > 1 else []), script, str(folder), *arguments],
