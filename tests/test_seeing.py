@@ -119,6 +119,15 @@ def test_last_linear_is_found_and_logged_by_name(caplog: pytest.LogCaptureFixtur
     assert stats is not None and set(stats.per_parameter) == {n for n, _ in model.named_parameters() if n[0] != "6"}
 
 
+def test_last_linear_that_is_tied_says_so() -> None:
+    model = nn.ModuleDict({"embedding": nn.Embedding(5, 3), "norm": nn.LayerNorm(3), "head": nn.Linear(3, 5)})
+    assert dist_agc.last_linear(model) == "head.*"
+    model["head"].weight = model["embedding"].weight
+    with pytest.warns(UserWarning, match="'head.weight' and 'embedding.weight' are one parameter") as said:
+        assert dist_agc.last_linear(model) == "head.*"
+    assert len(said) == 1
+
+
 def test_last_linear_of_wrapped_odd_and_impossible_models() -> None:
     class Head(nn.Module):
         def __init__(self) -> None:

@@ -6,6 +6,7 @@ import difflib
 import glob
 import logging
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -103,7 +104,8 @@ def last_linear(model: nn.Module) -> str:
     """A pattern for ``exclude`` that names the last linear layer, in the order in which the model defines its modules.
 
     AGC usually leaves that layer alone (Brock et al. 2021, section 4.1). The name is logged: look at it once, since
-    the layer defined last need not be the one that runs last.
+    the layer defined last need not be the one that runs last. A layer that is tied to another, as a language model's
+    head to its embedding, is warned of: both would be left out.
 
     Raises:
         TypeError: ``model`` is no module.
@@ -120,8 +122,19 @@ def last_linear(model: nn.Module) -> str:
     paths = [path for path, m in modules if isinstance(m, nn.Linear) or type(m).__name__.endswith("Linear")]
     if not paths:
         raise ValueError(f"{type(model).__name__} has no linear layer: name what AGC shall leave alone in exclude.")
-    logging.getLogger("dist_agc").info("the last linear layer is %r", paths[-1] or "the model itself")
-    return f"{glob.escape(paths[-1])}.*" if paths[-1] else "*"
+    last = paths[-1]
+    logging.getLogger("dist_agc").info("the last linear layer is %r", last or "the model itself")
+    for entry in entries(model):
+        inside = [name for name in entry.names if name.startswith(f"{last}.")]
+        outside = [name for name in entry.names if name not in inside]
+        if inside and outside:
+            warnings.warn(
+                f"the last linear layer {last!r} is tied: {inside[0]!r} and {outside[0]!r} are one parameter, and to "
+                f"exclude {last}.* leaves both out. Where an embedding is to be clipped, exclude nothing.",
+                UserWarning,
+                stacklevel=2,
+            )
+    return f"{glob.escape(last)}.*" if last else "*"
 
 
 def matching(pattern: str, names: Sequence[tuple[str, ...]], setting: str, *, checked: bool = True) -> list[int]:
