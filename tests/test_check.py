@@ -15,11 +15,15 @@ import pytest
 import torch.distributed as dist
 from typer.testing import CliRunner, Result
 
+import turns
 from dist_agc.cli import build
 from dist_agc.clipper import Clipper
 from dist_agc.conformance import cases
 
 BIN = Path(sys.executable).parent
+
+Done = subprocess.CompletedProcess[str]
+Checked = Callable[[str], Done]
 
 MODELS = '''
 import torch
@@ -241,9 +245,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def check(
-    folder: Path, *arguments: str, nproc: int = 2, launcher: tuple[str, ...] = ()
-) -> "subprocess.CompletedProcess[str]":
+def check(folder: Path, *arguments: str, nproc: int = 2, launcher: tuple[str, ...] = ()) -> Done:
     start = [*launcher, "dist_agc.cli", "check"] if launcher else [sys.executable, "-m", "dist_agc.cli", "check"]
     command = [*start, *([] if launcher else ["--nproc", str(nproc)]), *arguments]
     environment = os.environ | {
@@ -255,13 +257,63 @@ def check(
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=280)
 
 
-def rows_of(done: "subprocess.CompletedProcess[str]") -> dict[str, dict[str, Any]]:
+# By name, what the command is given in a start of two processes that these cases share.
+TOGETHER = {
+    "plain": ["--model=mine:plain", "--layout=fsdp?*", "--layout=zero*", "--json"],
+    "half": ["--model=mine:half", "--layout=fsdp2", "--layout=zero2", "--json"],
+    "tiny": ["--model=mine:tiny", "--layout=zero*", "--json"],
+    "experts": ["--model=mine:mixture", "--layout=fsdp1 full", "--layout=fsdp2", "--json"],
+    "outputs": [
+        *("--model=mine:mixture", "--layout=fsdp1 full", "--layout=fsdp2", "--json"),
+        *("--units=exp*=0,1", "--units=*.bias="),
+    ],
+    "fsdp1": ["--model=mine:fsdp1", "--layout=as-is", "--json"],
+    "fsdp1_orig": ["--model=mine:fsdp1_orig", "--layout=as-is", "--json"],
+    "fsdp2": ["--model=mine:fsdp2", "--layout=as-is", "--json"],
+    "shares": ["--model=mine:shares", "--layout=as-is", "--json"],
+    "engine": ["--model=mine:engine", "--layout=as-is", "--json"],
+    "forgets": ["--model=mine:forgets", "--layout=fsdp2", "--layout=ddp", "--json"],
+    "chatters": ["--model=mine:chatters", "--layout=fsdp2", "--layout=ddp", "--json"],
+    "needs_ddp": ["--model=mine:needs_ddp", "--layout=plain", "--layout=ddp", "--json"],
+    "layers": ["--model=mine:layers", *(f"--layout={name}" for name in ("fsdp1 full", "fsdp2", "tp", "hsdp"))],
+    "vacuous": ["--layout=ddp", "--exclude=*", "--json"],
+}
+
+
+def read(folder: Path, log: str) -> Done:
+    return Done(["dist-agc", "check", *TOGETHER[folder.name]], int((folder / "code").read_text()), log, log)
+
+
+trained = turns.fixture((2, list(TOGETHER)), read=read)
+
+
+@pytest.fixture
+def checked(trained: Checked) -> Checked:
+    pytest.importorskip("deepspeed")
+    return trained
+
+
+def run(case: str, folder: str) -> None:
+    """One rank's part of the command, as torchrun starts it."""
+    from dist_agc.engine import execution
+
+    real, arguments = execution.all_reduce, ["check", *TOGETHER[case]]
+    Path(folder, "mine.py").write_text(MODELS)
+    sys.path.insert(0, folder)
+    sys.argv[1:] = arguments
+    with pytest.raises(SystemExit) as ended:
+        build()(arguments)
+    execution.all_reduce = real
+    Path(folder, "code").write_text(str(ended.value.code))
+
+
+def rows_of(done: Done) -> dict[str, dict[str, Any]]:
     assert "{" in done.stdout, done.stderr
     found = json.loads(done.stdout[done.stdout.index('{\n  "torch"') : done.stdout.rindex("}") + 1])
     return {row["layout"]: row for row in found["layouts"]}
 
 
-def all_ok(done: "subprocess.CompletedProcess[str]") -> dict[str, dict[str, Any]]:
+def all_ok(done: Done) -> dict[str, dict[str, Any]]:
     """The rows that ran. All of them are right, and in all of them something was clipped and something not."""
     rows = {name: row for name, row in rows_of(done).items() if row["verdict"] != "skipped"}
     assert rows and {row["verdict"] for row in rows.values()} == {"ok"}, rows
@@ -315,35 +367,31 @@ def test_meshes_fit_the_ranks(ranks: int, runs: int, monkeypatch: pytest.MonkeyP
 # -------------------------------------------------------------------------------------------------- a model of the user
 
 
-def test_a_model_without_a_loss(folder: Path) -> None:
+def test_a_model_without_a_loss(checked: Checked) -> None:
     """Named by globs, with noise for gradients; and in bf16, whose masters DeepSpeed keeps in fp32."""
-    rows = all_ok(check(folder, "--model", "mine:plain", "--layout", "fsdp?*", "--layout", "zero*", "--json"))
+    rows = all_ok(checked("plain"))
     assert set(rows) > {"fsdp1 full", "fsdp1 full orig", "fsdp2", "zero0", "zero1", "zero2", "zero3"}
     assert all(row["error"] < 1e-6 for row in rows.values())
     assert all(rows[name]["collectives"] == 1 for name in ("fsdp1 full", "fsdp2", "zero1", "zero3"))
-    rows = all_ok(check(folder, "--model", "mine:half", "--layout", "fsdp2", "--layout", "zero2", "--json"))
+    rows = all_ok(checked("half"))
     assert 1e-4 < rows["fsdp2"]["error"] < 8e-3 and rows["zero2"]["error"] < 1e-6
 
 
-def test_small_gradients_of_large_weights(folder: Path) -> None:
-    pytest.importorskip("deepspeed")
-    rows = all_ok(check(folder, "--model", "mine:tiny", "--layout", "zero*", "--json"))
+def test_small_gradients_of_large_weights(checked: Checked) -> None:
+    rows = all_ok(checked("tiny"))
     assert len(rows) == 4 and all(row["error"] < 1e-6 for row in rows.values())
 
 
-def test_units_of_a_mixture_of_experts(folder: Path) -> None:
+@pytest.mark.parametrize(("case", "count"), [("experts", 3 + 3 + 1), ("outputs", 3 * 6 + 3 + 1)])
+def test_units_of_a_mixture_of_experts(checked: Checked, case: str, count: int) -> None:
     """By default an expert is one unit, as to any AGC; with the dims said, each of its outputs is."""
-    chosen = ("--model", "mine:mixture", "--layout", "fsdp1 full", "--layout", "fsdp2", "--json")
-    for units, count in (((), 3 + 3 + 1), (("--units", "exp*=0,1", "--units", "*.bias="), 3 * 6 + 3 + 1)):
-        rows = all_ok(check(folder, *chosen, *units))
-        assert len(rows) == 2 and {row["units"] for row in rows.values()} == {count}
+    rows = all_ok(checked(case))
+    assert len(rows) == 2 and {row["units"] for row in rows.values()} == {count}
 
 
 @pytest.mark.parametrize("factory", ["fsdp1", "fsdp1_orig", "fsdp2", "shares", "engine"])
-def test_a_model_that_is_sharded_already(folder: Path, factory: str) -> None:
-    if factory == "engine":
-        pytest.importorskip("deepspeed")
-    (row,) = all_ok(check(folder, "--model", f"mine:{factory}", "--layout", "as-is", "--json")).values()
+def test_a_model_that_is_sharded_already(checked: Checked, factory: str) -> None:
+    (row,) = all_ok(checked(factory)).values()
     assert row["units"] == (18 if factory == "shares" else 12)
     # Shares of a sum are added up first, by themselves.
     assert row["collectives"] == 1 + (factory == "shares") and row["error"] < 1e-6
@@ -356,8 +404,8 @@ def test_a_model_that_is_sharded_already(folder: Path, factory: str) -> None:
     ("factory", "said"),
     [("forgets", "a gradient element is off by"), ("chatters", "collectives: 2, expected 1; numbers sent: ")],
 )
-def test_a_clip_that_is_wrong_is_called_wrong(folder: Path, factory: str, said: str) -> None:
-    done = check(folder, "--model", f"mine:{factory}", "--layout", "fsdp2", "--layout", "ddp", "--json")
+def test_a_clip_that_is_wrong_is_called_wrong(checked: Checked, factory: str, said: str) -> None:
+    done = checked(factory)
     assert done.returncode == 1
     rows = rows_of(done)
     assert rows["fsdp2"]["verdict"] == "wrong" and said in rows["fsdp2"]["note"], rows
@@ -398,16 +446,15 @@ def test_what_fails_on_one_rank_names_it(folder: Path, factory: str, said: str, 
             assert row["verdict"] == "skipped" and f"{layouts[0]} failed on rank 1" in row["note"], rows
 
 
-def test_what_fails_on_every_rank_hides_no_other_layout(folder: Path) -> None:
-    done = check(folder, "--model", "mine:needs_ddp", "--layout", "plain", "--layout", "ddp", "--json")
+def test_what_fails_on_every_rank_hides_no_other_layout(checked: Checked) -> None:
+    done = checked("needs_ddp")
     rows = rows_of(done)
     assert rows["plain"]["verdict"] == "not set up" and rows["plain"]["note"].startswith("AttributeError: ")
     assert rows["ddp"]["verdict"] == "ok" and done.returncode == 0, "it is no failure of AGC"
 
 
-def test_a_list_of_layers_and_what_cannot_be_set_up(folder: Path) -> None:
-    layouts = [f"--layout={name}" for name in ("fsdp1 full", "fsdp2", "tp", "hsdp")]
-    done = check(folder, "--model", "mine:layers", *layouts)
+def test_a_list_of_layers_and_what_cannot_be_set_up(checked: Checked) -> None:
+    done = checked("layers")
     assert done.returncode == 0, (done.stdout, done.stderr)
     for line in (
         "hsdp: needs at least 4 ranks, and a multiple of 2",
@@ -461,8 +508,8 @@ def test_a_clip_that_raises_is_an_error_of_agc(alone: Callable[..., Result], mon
     assert "0 of 1 layouts give the unsharded answer." in result.stdout and "set up" not in result.stdout
 
 
-def test_nothing_to_compare_is_no_success(folder: Path) -> None:
-    done = check(folder, "--layout", "ddp", "--exclude", "*", "--json")
+def test_nothing_to_compare_is_no_success(checked: Checked) -> None:
+    done = checked("vacuous")
     assert done.returncode == 1
     assert rows_of(done)["ddp"]["verdict"] == "vacuous", done.stdout
 
@@ -526,3 +573,7 @@ def test_the_deepspeed_launcher(folder: Path) -> None:
     )
     done = check(folder, "--layout", "zero*", "--json", launcher=(*launcher, "--module"))
     assert set(all_ok(done)) == {"zero0", "zero1", "zero2", "zero3"}
+
+
+if __name__ == "__main__":
+    turns.take(run)

@@ -173,10 +173,10 @@ def _forget() -> None:
         unset_hf_deepspeed_config()
     if "deepspeed" in sys.modules:
         from deepspeed.comm import comm
+        from deepspeed.utils import groups
 
-        if comm.cdb is not None and dist.is_initialized():
-            comm.destroy_process_group()  # its own references too
         comm.cdb = None
+        groups._release_process_group_references(group=None)
     if dist.is_initialized():
         dist.destroy_process_group()
     torch.nn.functional.linear = _linear  # ZeRO 3 puts its own there
