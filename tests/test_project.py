@@ -198,29 +198,6 @@ def test_the_mathematics_knows_no_processes(path: Path) -> None:
 # -------------------------------------------------------------------------------------------------------------- pages
 
 
-def blocks() -> Iterator[object]:
-    for page in PAGES:
-        text = page.read_text()
-        for found in re.finditer(r"^```python *(\w*)\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
-            line = text[: found.start()].count("\n") + 1
-            if (page.name, found[1]) != ("composer.md", "composer"):  # tests/mosaicml runs that page's
-                yield pytest.param(found[1], found[2], id=f"{page.name}:{line}")
-
-
-@pytest.mark.parametrize(("how", "code"), list(blocks()))
-def test_code_on_pages_runs(how: str, code: str, tmp_path: Path) -> None:
-    script = tmp_path / "block.py"
-    script.write_text(code)
-    if how == "torchrun":
-        local = ("--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1")
-        run_python("-m", "torch.distributed.run", "--nproc-per-node=2", *local, str(script), cwd=tmp_path)
-        return
-    assert how in ("", "torchtitan"), f"docs/CONTRIBUTING.md knows no block marked {how!r}"
-    if how:
-        pytest.importorskip(how, reason=f"needs {how}")
-    run_python(str(script), cwd=tmp_path)
-
-
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_between_pages_lead_somewhere(page: Path) -> None:
     targets = re.findall(r"\]\(([^)#\s]+)", page.read_text())
