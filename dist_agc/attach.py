@@ -164,7 +164,7 @@ def _tell_all_off(optimizers: Sequence[Optimizer]) -> None:
             "every group of the optimizer has a clipping_threshold of None, so AGC clips nothing. It may come from a "
             'checkpoint: del group["clipping_threshold"] gives a group the threshold that AGC is attached with.',
             UserWarning,
-            stacklevel=2,
+            stacklevel=4,
         )
 
 

@@ -75,6 +75,7 @@ class Clipper:
         self._idle: dict[int, Parameter] = {}
         self._executions: dict[frozenset[int] | None, Execution] = {}
         self._once = Once()
+        self._told_idle = False  # that nothing has a gradient
         self._cover(parameters, unit_rules(parameters, config))
         if set(self.rules) == {None}:
             warnings.warn(
@@ -150,6 +151,14 @@ class Clipper:
         found = (p for p, rule in pairs if rule is not None and p.unreduced in waiting and id(p.tensor) in chosen)
         return next((p.name for p in found if p.tensor.grad is not None), None)
 
+    def tells_that_nothing_has_gradients(self) -> bool:
+        """Whether no governed parameter has any on this rank; True once."""
+        governed = [p for p, rule in zip(self.parameters, self.rules, strict=True) if rule is not None]
+        if self._told_idle or any(p.gradient() is not None for p in governed):
+            return False
+        self._told_idle = any(p.weight().numel() for p in governed)
+        return self._told_idle
+
     def execution(self, tensors: Iterable[Tensor] | None = None) -> Execution:
         """That of all parameters, or of these. Kept until something that it covers is new, or lies otherwise."""
         if tensors is None and self._models and self._in_models() != self._listed:
@@ -218,7 +227,7 @@ class Clipper:
         return between.join(
             (
                 "; ".join(f"{count} parameters {kind}" for kind, count in found.items()) or "nothing trains",
-                f"{len(governed)} governed ({units} units, those of {guessed} guessed), {len(trained) - len(governed)} "
+                f"{len(governed)} governed ({units} units, {guessed} of them guessed), {len(trained) - len(governed)} "
                 f"excluded, {len(pairs) - len(trained)} frozen",
                 str(self.config),
             )
@@ -278,7 +287,16 @@ def apply_agc(model: Model, clipping_threshold: float | AGCConfig = 0.01, **opti
         config = AGCConfig.of(clipping_threshold, options)
     else:
         config = AGCConfig.of(None, {"clipping_threshold": clipping_threshold, **options})
-    return clipper_of(model, config).clip(clipping_threshold=config.clipping_threshold)
+    clipper = clipper_of(model, config)
+    stats = clipper.clip(clipping_threshold=config.clipping_threshold)
+    if clipper.tells_that_nothing_has_gradients():
+        warnings.warn(
+            "no parameter that apply_agc governs has a gradient: AGC has nothing to clip. Call it after "
+            "loss.backward() and before optimizer.step(), with the model that was trained in it.",
+            UserWarning,
+            stacklevel=2,
+        )
+    return stats
 
 
 def clipper_of(model: Model, config: AGCConfig) -> Clipper:

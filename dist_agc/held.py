@@ -50,14 +50,11 @@ def thresholds_watched(optimizer: Optimizer, default: float) -> Iterator[None]:
             if "clipping_threshold" in group:
                 new = "None (not clipped)" if value is None else value
                 said = f"has a clipping_threshold of {new} from the checkpoint, which takes the place of {was}"
+                how = f"Set the one that you want in the group, or delete it there to get the {default} of attach()."
             else:
                 said = f"has no clipping_threshold of its own any more: {value} takes the place of {was}"
-            warnings.warn(
-                f"param_groups[{i}] {said}. Set the one that you want in the group, or delete it there to get the "
-                f"{default} that AGC was attached with.",
-                UserWarning,
-                stacklevel=2,
-            )
+                how = "The checkpoint's group has none: set it again to keep it."
+            warnings.warn(f"param_groups[{i}] {said}. {how}", UserWarning, stacklevel=2)
 
     handles = []
     # Some classes around an optimizer have the hooks of steps alone (pytorch_optimizer's Lookahead).

@@ -410,7 +410,7 @@ def test_what_a_handle_prints(model: nn.Sequential) -> None:
     text = str(hook)
     for part in (
         "3 parameters whole on every rank",
-        "2 governed (13 units, those of 0 guessed), 1 excluded, 1 frozen",
+        "2 governed (13 units, 0 of them guessed), 1 excluded, 1 frozen",
         "clipping_threshold=0.25",
         "steps clipped so far: 1",
     ):
@@ -460,6 +460,18 @@ def test_a_step_without_a_gradient_says_so_once(model: nn.Sequential) -> None:
         optimizer.step()
     assert len(said) == 1
     optimizer.step()
+
+
+def test_a_call_before_backward_says_so_once(model: nn.Sequential) -> None:
+    with pytest.warns(UserWarning, match="no parameter that apply_agc governs has a gradient") as said:
+        dist_agc.apply_agc(model)
+    assert len(said) == 1 and said[0].filename == __file__
+    dist_agc.apply_agc(model)
+    spread(model)
+    dist_agc.apply_agc(model)
+    other = nn.Linear(2, 2)
+    other.bias.grad = torch.ones(2)
+    dist_agc.apply_agc(other)
 
 
 def test_a_model_without_weights_yet() -> None:

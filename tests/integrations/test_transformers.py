@@ -18,10 +18,8 @@ pytest.importorskip("transformers", reason="needs pip install 'dist-agc[transfor
 trained = turns.fixture(
     (1, ["plain", "accumulate", "reused", "norm", "refused"]),
     (2, ["ddp", "fsdp2", "fsdp"]),
-    (
-        2,
-        ["zero0", "zero1", "zero2", "zero3", "zero1-number", "zero1-launched", "zero1-kept"],
-    ),  # apart: they want DeepSpeed
+    # Apart, since they want DeepSpeed.
+    (2, ["zero0", "zero1", "zero2", "zero3", "zero1-number", "zero1-launched", "zero1-kept"]),
     read=workload.left_in,
 )
 NORM_OFF = "switched off max_grad_norm"
