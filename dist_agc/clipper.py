@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 import weakref
 from collections import Counter
@@ -290,11 +291,10 @@ def apply_agc(model: Model, clipping_threshold: float | AGCConfig = 0.01, **opti
     clipper = clipper_of(model, config)
     stats = clipper.clip(clipping_threshold=config.clipping_threshold)
     if clipper.tells_that_nothing_has_gradients():
-        warnings.warn(
+        # To the log, since one rank alone may rightly have none: a warning that is made an error would stop it there.
+        logging.getLogger("dist_agc").warning(
             "no parameter that apply_agc governs has a gradient: AGC has nothing to clip. Call it after "
-            "loss.backward() and before optimizer.step(), with the model that was trained in it.",
-            UserWarning,
-            stacklevel=2,
+            "loss.backward() and before optimizer.step(), with the model that was trained in it."
         )
     return stats
 

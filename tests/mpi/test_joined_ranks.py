@@ -220,7 +220,6 @@ def test_copies_that_are_set_up_differently(world: World, how: str, asked: bool)
     assert all(torch.equal(grad, before[name]) for name, grad in full_grads(model).items())
 
 
-@pytest.mark.filterwarnings("ignore:no parameter that apply_agc governs")
 def test_copies_of_which_one_has_no_gradients_or_zeros(world: World) -> None:
     """Gradients that were not reduced: whether ranks come to compare never follows from what one of them has."""
     for given in (None, 0.0):
