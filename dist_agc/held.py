@@ -37,14 +37,14 @@ def group_thresholds(*optimizers: Optimizer) -> dict[int, float | None]:
 @contextmanager
 def thresholds_watched(optimizer: Optimizer, default: float) -> Iterator[None]:
     """Warn when ``optimizer.load_state_dict`` changes a group's threshold, which goes before the one asked for."""
-    before: list[dict[str, Any]] = []
+    before: list[float | None] = []
 
     def remember(optimizer: Optimizer, _: Any) -> None:
-        before[:] = [dict(group) for group in optimizer.param_groups]
+        before[:] = [group.get("clipping_threshold", default) for group in optimizer.param_groups]
 
     def compare(optimizer: Optimizer) -> None:
-        for i, (old, group) in enumerate(zip(before, optimizer.param_groups, strict=False)):
-            was, value = (one.get("clipping_threshold", default) for one in (old, group))
+        for i, (was, group) in enumerate(zip(before, optimizer.param_groups, strict=False)):
+            value = group.get("clipping_threshold", default)
             if value == was:
                 continue
             if "clipping_threshold" in group:
