@@ -41,6 +41,16 @@ def anywhere(flags: Sequence[bool], axis: Axis, device: torch.device) -> list[bo
     return (all_reduce(counts, axis) > 0).tolist()
 
 
+def exchange(said: Any, axis: Axis) -> list[Any]:
+    """What every rank of ``axis`` says, in their order: anything that can be pickled. Waits for the device."""
+    every: list[Any] = [None] * axis.size
+    try:
+        dist.all_gather_object(every, said, group=axis.group)
+    except RuntimeError as error:
+        raise missing(axis) from error
+    return every
+
+
 def missing(axis: Axis) -> RuntimeError:
     return RuntimeError(
         f"dist_agc: not all of the ranks {list(axis.ranks)} came to this call of clip(), or one of them ended. "
