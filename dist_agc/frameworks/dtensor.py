@@ -19,6 +19,8 @@ from ..model.blocks import Axis, Pieces, sharded
 from ..model.names import Entry
 from ..model.parameter import Parameter, Unknown
 from ..model.units import UnitRule
+from ..model.values import inside
+from . import wrappers
 from .base import Framework, group_axis
 
 
@@ -76,7 +78,7 @@ class Sharded(Parameter):
             # Of what every rank has whole each takes its own part: a copy of it, and nothing is sent.
             pairs = zip(tensor.placements, wanted, strict=True)
             tensor = tensor.redistribute(placements=[to if _cuts(to) else now for now, to in pairs])
-        return tensor.to_local()
+        return inside(tensor.to_local())
 
     @property
     def copied(self) -> bool:
@@ -110,7 +112,9 @@ class Sharded(Parameter):
                 "gradient to the parameter's placements before clipping (a Partial gradient of a sharded parameter "
                 "still waits for its reduction)."
             )
-        return tuple(group_axis(mesh.get_group(axis)) for axis, share in enumerate(shares) if share and mesh.size(axis) > 1)
+        return tuple(
+            group_axis(mesh.get_group(axis)) for axis, share in enumerate(shares) if share and mesh.size(axis) > 1
+        )
 
     def unsettled(self) -> bool:
         grad = self.tensor.grad
@@ -133,8 +137,8 @@ class Sharded(Parameter):
             raise ValueError(f"parameter {self.name!r} with placements {self.tensor.placements}: {error}.") from None
 
     def _refuse_strides(self, rule: UnitRule | None) -> None:
-        """Of packed weights (transformers' ``packed_colwise``) each rank holds a part of each, in strides along one dim.
-        Units that this dim numbers, or runs through, do not mind; those of which it numbers a part do."""
+        """Of fused weights (transformers' ``packed_colwise``) each rank holds a part of each, in strides along a dim.
+        Units that this dim numbers, or runs through, do not mind; those that see a part of it do."""
         split, mesh, ndim = None if rule is None else rule.joined.split, self.tensor.device_mesh, self.tensor.ndim
         placed: list[Any] = list(self.tensor.placements)
         cut = [p for axis, p in enumerate(placed) if mesh.size(axis) > 1 and _cuts(p) and p.dim % ndim == split]
@@ -150,6 +154,10 @@ def _cuts(placement: Placement) -> bool:
 def _sharded(entry: Entry, reduced: Container[int]) -> Sharded | Unknown:
     """``reduced``: ids of the parameters of FSDP2 modules."""
     tensor: Any = entry.tensor
+    with torch.no_grad():  # else it is a view, which some classes make plain
+        problem = wrappers.unknown(tensor.to_local())
+    if problem:
+        return Unknown.of(entry, problem=problem)
     mesh, cuts, copies = tensor.device_mesh, [], []
     for axis in reversed(range(mesh.ndim)):  # innermost first: tensor parallel before data parallel
         placement = tensor.placements[axis]

@@ -13,6 +13,7 @@ from .blocks import Axis, Pieces, sharded
 from .kinds import default_rule
 from .names import Entry
 from .units import UnitRule
+from .values import inside
 
 P = TypeVar("P", bound="Parameter")
 
@@ -91,7 +92,7 @@ class Parameter:
 
     def local(self, tensor: Tensor) -> Tensor:
         """The plain local tensor of ``tensor`` or of its gradient. Raises ValueError where it cannot be had now."""
-        return tensor
+        return inside(tensor)
 
     def weight(self) -> Tensor:
         """This rank's weights, plain."""

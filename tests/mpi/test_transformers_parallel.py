@@ -11,11 +11,9 @@ import torch
 import torch.nn.functional as F
 from test_expert_units import EXPERTS, KINDS, SIZES, THRESHOLD, UNITS, language_model
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Shard
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-import models
-import oracle
 from parity import check_training
 
 pytest.importorskip("transformers.distributed.configuration_utils", reason="needs a newer transformers")

@@ -207,9 +207,7 @@ def test_on_two_axes(world: Any) -> None:
         mine = distribute_tensor(grad, mesh, lying, src_data_rank=None).to_local().clone()
         for axis, one in enumerate(given):
             mine /= mesh.size(axis) if one == P else 1
-        weight.grad = DTensor.from_local(
-            mine, mesh, given, run_check=False, shape=weight.shape, stride=weight.stride()
-        )
+        weight.grad = DTensor.from_local(mine, mesh, given, run_check=False, shape=weight.shape, stride=weight.stride())
         expected = oracle.clip({"weight": full(weight)}, {"weight": grad}, oracle.unit_rules(model), 0.5)
         stats = agc(model, clipping_threshold=0.5)
         assert weight.grad.placements == weight.placements, f"{given}"
