@@ -83,7 +83,7 @@ class Execution:
             scaled = [None if own is None else total for own, total in zip(grads, complete, strict=True)]
             for scaling in bound.scalings:
                 scaling.scale(scaled)
-            bound.shares.settle(grads, complete)
+            bound.shares.settle(complete)
         return stats
 
     def ratios(self, tally: Tally) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 
@@ -9,13 +10,18 @@ import torch
 from torch import Tensor
 
 from ..model.blocks import Block
+from ..model.values import packed, values
 from .kernels import Kernel, one_kernel, unit_norms_, vector_norm
 
 
 def norm_of(tensor: Tensor, order: float = 2) -> Tensor:
     """The norm of all that a local tensor holds, sparse ones too, in 32 bits at least."""
-    values = tensor.coalesce().values() if tensor.is_sparse else tensor
-    return torch.linalg.vector_norm(values, order, dtype=torch.promote_types(values.dtype, torch.float32))
+    plain = tensor.coalesce().values() if tensor.is_sparse else values(tensor)
+    return torch.linalg.vector_norm(plain, order, dtype=torch.promote_types(plain.dtype, torch.float32))
+
+
+# Numbers of a packed weight that are unpacked at a time: 16 MB of them in fp32.
+_UNPACKED = 1 << 22
 
 
 class Norms:
@@ -63,7 +69,7 @@ class _OnDevice:
         for owner, block, start in placed:
             part = block.part(samples[owner])
             every, norm = tuple(range(part.ndim)), out[start : start + 1]
-            if block.units == 1 and part.numel() and one_kernel(part, every, norm):
+            if block.units == 1 and part.numel() and not packed(part) and one_kernel(part, every, norm):
                 alone.append((tuple(part.shape) if out.is_cpu else (), start, owner, block))
             else:
                 self._several.append((owner, block, out[start : start + block.units].view(block.kept)))
@@ -82,6 +88,9 @@ class _OnDevice:
                 continue
             if tensor.is_sparse:
                 _sparse_norms(tensor.coalesce(), block, out)
+                continue
+            if packed(tensor):
+                _packed_norms(tensor, block, out)
                 continue
             view = block.view(tensor)
             lies = (at, view.stride(), view.dtype, view.device, view.is_neg())
@@ -110,6 +119,17 @@ def _dense(tensor: Tensor) -> Tensor:
         return tensor
     # On CPU the tensor is small and has to have the shape of the others that it is measured with.
     return tensor.to_dense() if tensor.is_cpu else tensor.coalesce().values()
+
+
+def _packed_norms(weight: Tensor, block: Block, out: Tensor) -> None:
+    """A few rows at a time where units are rows, so that the numbers of all are never in memory at once."""
+    if block.sizes is not None or 0 in block.reduced:
+        unit_norms_(block.view(values(weight)), block.reduced, out)
+        return
+    step = max(1, _UNPACKED // max(1, math.prod(weight.shape[1:])))
+    for start in range(0, len(weight), step):
+        rows = slice(start, start + step)
+        unit_norms_(values(weight[rows]), block.reduced, out[rows])
 
 
 def _sparse_norms(grad: Tensor, block: Block, out: Tensor) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from ..model.values import stored
+
 
 class Reuse:
     """Looks at the weights of every call. ``interval``: in calls; 1 measures them always."""
@@ -22,7 +24,7 @@ class Reuse:
         """
         if self._interval == 1:
             return True
-        before, self._written = self._written, [(w.data_ptr(), w._version) for w in weights]
+        before, self._written = self._written, [(w.data_ptr(), w._version) for w in map(stored, weights)]
         moved = [now[0] != then[0] for now, then in zip(self._written, before, strict=False)]
         writes = [now[1] - then[1] for now, then in zip(self._written, before, strict=False)]
         over = self._calls % self._interval == 0 or any(moved) or writes != self._writes

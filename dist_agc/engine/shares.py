@@ -62,11 +62,12 @@ class Shares:
                         complete[i] = total
         return complete
 
-    def settle(self, grads: Sequence[Tensor | None], complete: Sequence[Tensor | None]) -> None:
-        """Hand the sums over to the parameters that AGC governs; others keep their shares for the optimizer."""
-        for p, share, total in zip(self._parameters[: self._governed], grads, complete, strict=False):
-            if share is not None and total is not None and total is not share:
-                p.settle(total)
+    def settle(self, complete: Sequence[Tensor | None]) -> None:
+        """Hand over what was clipped to the parameters that AGC governs and whose gradients lie elsewhere; of others
+        the optimizer takes its part or its sum."""
+        for p, final in zip(self._parameters[: self._governed], complete, strict=False):
+            if final is not None and p.unsettled():
+                p.settle(final)
 
 
 def _sums(shares: Sequence[Tensor], axis: Axis) -> list[Tensor]:

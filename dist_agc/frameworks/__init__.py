@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 from ..model import names
 from ..model.names import Entry
 from ..model.parameter import Parameter, Unknown
+from . import wrappers
 from .base import Framework
 from .deepspeed import DeepSpeed
 from .fsdp1 import FSDP1
@@ -102,11 +103,8 @@ def refused(tensor: Tensor) -> str | None:
     for framework in _asked():
         if reason := framework.refuses(tensor):
             return reason
-    if hasattr(type(tensor), "__tensor_flatten__"):  # a tensor made of other tensors
-        return (
-            f"is a {type(tensor).__name__}, a layout that dist_agc does not know; known are plain tensors (DDP), "
-            "DTensor (FSDP2, tensor parallel), FSDP1 and DeepSpeed ZeRO. Exclude it"
-        )
+    if reason := wrappers.unknown(tensor):
+        return reason
     if tensor.dtype.itemsize < 2:
         return f"is of {tensor.dtype}, in which torch finds no norms. Exclude it"
     return None

@@ -13,12 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.placement_types import Partial, Replicate, Shard
+from torch.distributed.tensor.placement_types import Partial, Placement, Replicate, Shard
 
 from ..model.blocks import Axis, Pieces, sharded
 from ..model.names import Entry
 from ..model.parameter import Parameter, Unknown
 from ..model.units import UnitRule
+from ..model.values import inside
+from . import wrappers
 from .base import Framework, group_axis
 
 
@@ -73,7 +75,10 @@ class Sharded(Parameter):
             )
         if tensor.placements != wanted:
             self._shares(tensor)
-        return tensor.to_local()
+            # Of what every rank has whole each takes its own part: a copy of it, and nothing is sent.
+            pairs = zip(tensor.placements, wanted, strict=True)
+            tensor = tensor.redistribute(placements=[to if _cuts(to) else now for now, to in pairs])
+        return inside(tensor.to_local())
 
     @property
     def copied(self) -> bool:
@@ -90,46 +95,74 @@ class Sharded(Parameter):
     def _shares(self, grad: Tensor) -> tuple[Axis, ...]:
         """The axes along which a gradient still is each rank's share of a sum, where the parameter is replicated.
 
-        Tensor parallelism without FSDP2 leaves such gradients (SequenceParallel's norms), for the optimizer to reduce.
+        Tensor parallelism without FSDP2 leaves such gradients (SequenceParallel's norms), for the optimizer to reduce,
+        and whole ones of parameters that are cut (RowwiseParallel's embeddings), of which it takes a part.
         Raises ValueError where the gradient lies elsewhere than its parameter in another way.
         """
         assert isinstance(grad, DTensor)
         mesh, wanted = self.tensor.device_mesh, self.tensor.placements
-        axes = [axis for axis, pair in enumerate(zip(grad.placements, wanted, strict=False)) if pair[0] != pair[1]]
-        if grad.device_mesh != mesh or any(
-            grad.placements[axis] != Partial("sum") or not isinstance(wanted[axis], Replicate) for axis in axes
+        pairs = list(zip(grad.placements, wanted, strict=False))
+        shares = [now == Partial("sum") and isinstance(to, Replicate) for now, to in pairs]
+        whole = [isinstance(now, Replicate) and _cuts(to) for now, to in pairs]
+        if grad.device_mesh != mesh or not all(
+            share or parts or now == to for share, parts, (now, to) in zip(shares, whole, pairs, strict=True)
         ):
             raise ValueError(
                 f"parameter {self.name!r} has placements {wanted} and its gradient {grad.placements}: redistribute the "
                 "gradient to the parameter's placements before clipping (a Partial gradient of a sharded parameter "
                 "still waits for its reduction)."
             )
-        return tuple(group_axis(mesh.get_group(axis)) for axis in axes if mesh.size(axis) > 1)
+        return tuple(
+            group_axis(mesh.get_group(axis)) for axis, share in enumerate(shares) if share and mesh.size(axis) > 1
+        )
 
-    def settle(self, total: Tensor) -> None:
-        share, tensor = self.tensor.grad, self.tensor
-        assert isinstance(share, DTensor)
-        local = share.to_local()
-        local.copy_(total)
+    def unsettled(self) -> bool:
+        grad = self.tensor.grad
+        return isinstance(grad, DTensor) and grad.placements != self.tensor.placements
+
+    def settle(self, final: Tensor) -> None:
+        grad, tensor = self.tensor.grad, self.tensor
+        assert isinstance(grad, DTensor)
+        local = grad.to_local()
+        local = local.copy_(final) if local.shape == final.shape else final
         tensor.grad = DTensor.from_local(
             local, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
         )
 
     def pieces(self, rule: UnitRule | None) -> Pieces:
         try:
+            self._refuse_strides(rule)
             return sharded(rule, self.weight().shape, self.cuts)
         except ValueError as error:
             raise ValueError(f"parameter {self.name!r} with placements {self.tensor.placements}: {error}.") from None
+
+    def _refuse_strides(self, rule: UnitRule | None) -> None:
+        """Of fused weights (transformers' ``packed_colwise``) each rank holds a part of each, in strides along a dim.
+        Units that this dim numbers, or runs through, do not mind; those that see a part of it do."""
+        split, mesh, ndim = None if rule is None else rule.joined.split, self.tensor.device_mesh, self.tensor.ndim
+        placed: list[Any] = list(self.tensor.placements)
+        cut = [p for axis, p in enumerate(placed) if mesh.size(axis) > 1 and _cuts(p) and p.dim % ndim == split]
+        if len(cut) == 1 and getattr(cut[0], "split_factor", 1) > 1:
+            raise ValueError(f"dim {split}, of which units see a part, is cut in strides")
+
+
+def _cuts(placement: Placement) -> bool:
+    """Whether ranks hold parts. FSDP2's _StridedShard is no Shard in newer versions of torch."""
+    return isinstance(placement, Shard) or type(placement).__name__ == "_StridedShard"
 
 
 def _sharded(entry: Entry, reduced: Container[int]) -> Sharded | Unknown:
     """``reduced``: ids of the parameters of FSDP2 modules."""
     tensor: Any = entry.tensor
+    with torch.no_grad():  # else it is a view, which some classes make plain
+        problem = wrappers.unknown(tensor.to_local())
+    if problem:
+        return Unknown.of(entry, problem=problem)
     mesh, cuts, copies = tensor.device_mesh, [], []
     for axis in reversed(range(mesh.ndim)):  # innermost first: tensor parallel before data parallel
         placement = tensor.placements[axis]
         copied = isinstance(placement, Replicate)
-        if not copied and not isinstance(placement, Shard) and type(placement).__name__ != "_StridedShard":
+        if not copied and not _cuts(placement):
             problem = (
                 f"has the placement {placement!r}; expected Shard or Replicate on mesh axis {axis}: dist_agc cannot "
                 "tell which rank holds which elements. Redistribute it to Shard or Replicate, or exclude it"

@@ -13,6 +13,7 @@ from .blocks import Axis, Pieces, sharded
 from .kinds import default_rule
 from .names import Entry
 from .units import UnitRule
+from .values import inside
 
 P = TypeVar("P", bound="Parameter")
 
@@ -93,7 +94,7 @@ class Parameter:
 
     def local(self, tensor: Tensor) -> Tensor:
         """The plain local tensor of ``tensor`` or of its gradient. Raises ValueError where it cannot be had now."""
-        return tensor
+        return inside(tensor)
 
     def weight(self) -> Tensor:
         """This rank's weights, plain."""
@@ -111,7 +112,8 @@ class Parameter:
         """
         return sharded(rule, self.shape)
 
-    # Some frameworks leave gradients of copies as each rank's share of a sum, for whoever steps to add up.
+    # Some frameworks leave gradients of copies as each rank's share of a sum, for whoever steps to add up, and whole
+    # gradients of parts, of which whoever steps takes its own.
 
     @property
     def may_be_share(self) -> bool:
@@ -122,9 +124,13 @@ class Parameter:
         """The axes along which the gradient that is there now still is a share of a sum."""
         return ()
 
-    def settle(self, total: Tensor) -> None:
-        """Put the sum in the place of this rank's share, in the same memory."""
-        raise AssertionError(f"{self.name!r} has no shares")
+    def unsettled(self) -> bool:
+        """Whether the gradient lies otherwise than its parameter, so that what was clipped is not yet in it."""
+        return False
+
+    def settle(self, final: Tensor) -> None:
+        """Have this be the gradient, where its parameter lies: in the memory of the share of which it is the sum."""
+        raise AssertionError(f"{self.name!r} has its gradient already")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -6,18 +6,20 @@ import os
 from pathlib import Path
 from typing import Any
 
+import causal
 import pytest
 import torch
 import workload
 
 import dist_agc
 import turns
+from helpers import worst_distance
 
 pytest.importorskip("transformers", reason="needs pip install 'dist-agc[transformers]'")
 
 trained = turns.fixture(
     (1, ["plain", "accumulate", "reused", "norm", "refused"]),
-    (2, ["ddp", "fsdp2", "fsdp"]),
+    (2, ["ddp", "fsdp2", "fsdp", "tp"]),
     # Apart, since they want DeepSpeed.
     (2, ["zero0", "zero1", "zero2", "zero3", "zero1-number", "zero1-launched", "zero1-kept"]),
     read=workload.left_in,
@@ -118,6 +120,55 @@ def train(how: str, folder: str) -> None:
         workload.save(folder, steps, weights, logs=logs, max_grad_norm=trainer.args.max_grad_norm, engine_norm=norm)
 
 
+def tensor_parallel(_: str, folder: str) -> None:
+    """transformers' own: the model says so, and the Trainer deals all ranks the same samples."""
+    from accelerate.parallelism_config import ParallelismConfig
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    from dist_agc.integrations.transformers import AGCCallback
+
+    logging.basicConfig(level=logging.WARNING)
+    logging.getLogger("dist_agc").setLevel(logging.INFO)
+    # Accelerate refuses CPUs there, and nothing else of it minds them.
+    ParallelismConfig._validate_accelerator = lambda *_: None  # type: ignore[method-assign]
+    net = causal.cut(folder)
+    callback = AGCCallback(clipping_threshold=causal.THRESHOLD, exclude=causal.EXCLUDE)
+    steps: list[dict[str, Any]] = []
+
+    class Recorder(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            assert callback.stats is not None
+            steps.append(workload.record(callback.stats))
+
+    arguments: dict[str, Any] = dict(
+        output_dir=folder,
+        per_device_train_batch_size=len(causal.dataset()),
+        max_steps=causal.STEPS,
+        learning_rate=causal.LR,
+        lr_scheduler_type="constant",
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        ddp_backend="gloo",
+    )
+    # foreach would mix plain tensors and DTensors.
+    optimizer = torch.optim.SGD(net.parameters(), lr=causal.LR, momentum=0.9, foreach=False)
+    trainer = Trainer(
+        model=net,
+        args=TrainingArguments(**arguments),
+        train_dataset=causal.dataset(),  # pyright: ignore[reportArgumentType]
+        callbacks=[callback, Recorder()],
+        optimizers=(optimizer, None),  # pyright: ignore[reportArgumentType]
+    )
+    trainer.train()
+    weights = workload.full_weights(net)
+    path = Path(folder, f"{os.environ['RANK']}.json")
+    path.write_text(json.dumps(steps))
+    if os.environ["RANK"] == "0":
+        workload.save(folder, steps, weights, layout=str(type(trainer.model_wrapped).__name__))
+
+
 def refused(_: str, folder: str) -> None:
     from transformers import Trainer, TrainingArguments
 
@@ -151,6 +202,19 @@ def test_same_units_and_weights_as_the_oracle(how: str, ranks: int, trained: tur
         accumulator.Reload()
         seen = [point.value for point in accumulator.Scalars("train/agc/clip_fraction")]
         assert seen == pytest.approx(fractions)
+
+
+def test_its_own_tensor_parallelism(trained: turns.Trained) -> None:
+    pytest.importorskip("transformers.distributed.configuration_utils", reason="needs a newer transformers")
+    found, (references, weights) = trained("tp"), causal.reference()
+    assert "DTensor" in found["log"]
+    for rank in range(2):
+        steps = json.loads((found["folder"] / f"{rank}.json").read_text())
+        for step, expected in zip(steps, references, strict=True):
+            assert 0 < expected.clipped_units < expected.units == step["units"]
+            assert step["clipped"] == {name: of.clipped_units for name, of in expected.per_parameter.items()}
+            assert step["grad_norm"] == pytest.approx(expected.grad_norm, rel=1e-5)
+    assert worst_distance({name: w.double() for name, w in found["weights"].items()}, weights) < 1e-5
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -230,4 +294,5 @@ def test_settings_are_checked_before_training() -> None:
 
 
 if __name__ == "__main__":
-    turns.take(lambda how, folder: (refused if how == "refused" else train)(how, folder))
+    apart = {"refused": refused, "tp": tensor_parallel}
+    turns.take(lambda how, folder: apart.get(how, train)(how, folder))

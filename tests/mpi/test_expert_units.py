@@ -71,17 +71,17 @@ UNITS = {
 THRESHOLD = 0.055
 
 
-def language_model(kind: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+def language_model(kind: str, dtype: torch.dtype = torch.float32, **sizes: Any) -> nn.Module:
     """The same weights for the same kind."""
-    return copy.deepcopy(_language_model(kind)).to(dtype)
+    return copy.deepcopy(_language_model(kind, **sizes)).to(dtype)
 
 
 @cache
-def _language_model(kind: str) -> nn.Module:
+def _language_model(kind: str, **sizes: Any) -> nn.Module:
     configure, build = KINDS[kind]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        config = configure(**SIZES)
+        config = configure(**SIZES | sizes)
         config._experts_implementation = "eager"
         model = build(config)
         with torch.no_grad():
