@@ -97,7 +97,11 @@ class AGCHook:
         if makes_state():
             return
         self._attachment.before_clip(optimizer)
-        tensors = held(optimizer) if self._attachment.by_engine else self._holdings.look(optimizer)
+        groups = self._attachment.groups(optimizer)
+        if self._attachment.by_engine:
+            tensors = [p for group in groups for p in group["params"]]
+        else:
+            tensors = self._holdings.look(optimizer)
         if not self._warned and all(p.grad is None for p in tensors if p.numel()) and any(p.numel() for p in tensors):
             self._warned = True
             if not steps.of_process().told(optimizer):
@@ -118,7 +122,7 @@ class AGCHook:
                 UserWarning,
                 stacklevel=2,
             )
-        thresholds = group_thresholds(optimizer)
+        thresholds = group_thresholds(groups)
         stats = self.clipper.clip(tensors, thresholds=thresholds, grad_scale=grad_scale, apart=True)
         # By tensor and by name, since another tensor may have come in the place of the one that was clipped before.
         what = frozenset((*map(id, tensors), *(() if stats is None else stats.names)))
@@ -216,7 +220,7 @@ def attach(
         3
         >>> hook.remove()
     """
-    framework = frameworks.stepper(model)
+    framework = frameworks.stepper(model, optimizer)
     if framework is None:
         settings = AGCConfig.of(config, options)
         optimizers = [] if during_backward and optimizer is None else _optimizers(optimizer)

@@ -41,6 +41,13 @@ def anywhere(flags: Sequence[bool], axis: Axis, device: torch.device) -> list[bo
     return (all_reduce(counts, axis) > 0).tolist()
 
 
+def gathered(value: Any, axis: Axis) -> list[Any]:
+    """What every rank of ``axis`` says, in the order of its ranks: small things, at `attach` alone."""
+    every: list[Any] = [None] * axis.size
+    dist.all_gather_object(every, value, group=axis.group)
+    return every
+
+
 def missing(axis: Axis) -> RuntimeError:
     return RuntimeError(
         f"dist_agc: not all of the ranks {list(axis.ranks)} came to this call of clip(), or one of them ended. "

@@ -44,7 +44,7 @@ _NOT_BY_MODULE = (
 class DeepSpeed(Framework):
     wrapped = {"DeepSpeedEngine": "module", "PipelineEngine": "module"}
 
-    def steps(self, model: object) -> bool:
+    def steps(self, model: object, optimizer: object = None) -> bool:
         return is_a(model, "DeepSpeedEngine")
 
     def claim(self, model: nn.Module | None, entries: Sequence[Entry]) -> tuple[list[Parameter], list[Entry]]:
