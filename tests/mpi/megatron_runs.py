@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -91,6 +92,7 @@ class Case:
     expert_tensor: int | None = None
     distributed: bool = False
     bf16: bool = False
+    fp16: bool = False
     tied: bool = False
     optimizer: str = "adam"
     clip_grad: float = 0.0
@@ -100,21 +102,32 @@ class Case:
     optimizer_config: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def moe(self) -> bool:
-        return "num_moe_experts" in self.config
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else torch.float32
+
+
+_made: dict[str, Any] = {}  # for which sizes the groups of this world were made: each costs sockets and threads
 
 
 def groups(case: Case) -> None:
-    parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(
-        case.tensor,
-        case.stages,
-        case.virtual,
-        expert_model_parallel_size=case.experts,
-        expert_tensor_parallel_size=case.expert_tensor,
-    )
+    """Megatron's process groups, and its random numbers."""
+    sizes = case.tensor, case.stages, case.virtual, case.experts, case.expert_tensor
+    if _made.get("sizes") != sizes or _made.get("world") is not dist.group.WORLD:
+        ungroup()
+        parallel_state.initialize_model_parallel(
+            *sizes[:3],
+            expert_model_parallel_size=case.experts,
+            expert_tensor_parallel_size=case.expert_tensor,
+            create_gloo_process_groups=False,
+        )
+        _made.update(sizes=sizes, world=dist.group.WORLD)
     # Without a CUDA generator: this tracker of Megatron's own leaves random numbers to the CPU's.
     tensor_parallel.random.initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)
+
+
+def ungroup() -> None:
+    parallel_state.destroy_model_parallel()
+    _made.clear()
 
 
 def build(case: Case) -> tuple[list[nn.Module], Any]:
@@ -141,9 +154,10 @@ def _build(case: Case) -> tuple[list[nn.Module], Any]:
         "virtual_pipeline_model_parallel_size": case.virtual,
         "expert_model_parallel_size": case.experts,
         "expert_tensor_parallel_size": case.expert_tensor,
-        "pipeline_dtype": torch.bfloat16 if case.bf16 else torch.float32,
+        "pipeline_dtype": case.dtype,
         "bf16": case.bf16,
-        "params_dtype": torch.bfloat16 if case.bf16 else torch.float32,
+        "fp16": case.fp16,
+        "params_dtype": case.dtype,
         "masked_softmax_fusion": False,
         "bias_activation_fusion": False,
         "bias_dropout_fusion": False,
@@ -179,11 +193,10 @@ def _build(case: Case) -> tuple[list[nn.Module], Any]:
             vp_stage=at,
         )
         plant(model, case)
-        whole = Float16Module(config, model) if case.bf16 else model
+        whole = Float16Module(config, model) if case.bf16 or case.fp16 else model
         chunks.append(DistributedDataParallel(config, ddp, whole, disable_bucketing=stage > 0))
     config.finalize_model_grads_func = finalize_model_grads
     config.no_sync_func = [chunk.no_sync for chunk in chunks] if len(chunks) > 1 else chunks[0].no_sync
-    config.grad_scale_func = None
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer=case.optimizer,
@@ -191,12 +204,15 @@ def _build(case: Case) -> tuple[list[nn.Module], Any]:
             weight_decay=0.0,
             clip_grad=case.clip_grad,
             bf16=case.bf16,
+            fp16=case.fp16,
             params_dtype=config.params_dtype,
             use_distributed_optimizer=case.distributed,
             **case.optimizer_config,
         ),
         chunks,
+        use_gloo_process_groups=False,
     )
+    config.grad_scale_func = optimizer.scale_loss if case.fp16 else None
     return chunks, optimizer
 
 
@@ -288,15 +304,15 @@ class Watch:
         if kind == "FP32Optimizer":
             yield from ((p, p, 0) for group in one.optimizer.param_groups for p in group["params"])
         elif kind == "Float16OptimizerWithFloat16Params":
-            for groups in ((one.float16_groups, one.fp32_from_float16_groups), (one.fp32_from_fp32_groups,) * 2):
-                for pair in zip(*groups, strict=True):
+            for of in ((one.float16_groups, one.fp32_from_float16_groups), (one.fp32_from_fp32_groups,) * 2):
+                for pair in zip(*of, strict=True):
                     yield from ((p, master, 0) for p, master in zip(*pair, strict=True))
         else:
-            for groups in (
+            for of in (
                 (one.model_float16_groups, one.shard_fp32_from_float16_groups),
                 (one.model_fp32_groups, one.shard_fp32_groups),
             ):
-                for pair in zip(*groups, strict=True):
+                for pair in zip(*of, strict=True):
                     for p, shard in zip(*pair, strict=True):
                         yield p, shard, one._get_model_param_range_map(p)["param"].start
 
@@ -310,7 +326,7 @@ class Watch:
 
     def _after(self, optimizer: Any, *_: Any) -> None:
         parts = self.parts[id(optimizer)]
-        for piece, (_, tensor, _) in zip(self.pieces[-len(parts) :] if parts else [], parts, strict=True):
+        for piece, (_p, tensor, _start) in zip(self.pieces[-len(parts) :] if parts else [], parts, strict=True):
             piece.clipped = tensor.grad.detach().flatten().clone()
 
     def take(self, world: Any) -> dict[str, dict[str, Tensor]]:
@@ -328,8 +344,10 @@ def together(world: Any, pieces: Sequence[Piece], what: str) -> dict[str, Tensor
     slices: dict[str, dict[int, Tensor]] = {}
     dims = {}
     for name, rank, dim, size, shape, start, values in (one for held in world.gather(said) for one in held):
-        flat = slices.setdefault(name, {}).setdefault(rank, torch.full(shape, torch.nan, dtype=torch.float64))
-        flat.view(-1)[start : start + len(values)] = torch.as_tensor(values).double()
+        flat = slices.setdefault(name, {}).setdefault(rank, torch.full(shape, torch.nan, dtype=torch.float64)).view(-1)
+        there, new = flat[start : start + len(values)], torch.as_tensor(values).double()
+        assert bool((there.isnan() | (there == new)).all()), f"copies of {name} differ in {what}"
+        there.copy_(new)
         dims[name] = dim, size
     found = {}
     for name, held in slices.items():
@@ -384,7 +402,7 @@ def step_of(optimizer: Any) -> float:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*torch.distributed.* is deprecated", FutureWarning)
         done, norm, _ = optimizer.step()
-    assert done
+    assert done, "an overflow"
     return norm
 
 
