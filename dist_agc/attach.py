@@ -16,11 +16,13 @@ from torch.optim import Optimizer
 from . import frameworks, steps
 from .clipper import Clipper
 from .config import AGCConfig
+from .engine.stages import Meet, Stages, meeting
 from .frameworks import Model
-from .frameworks.base import Attachment, is_a, makes_state
+from .frameworks.base import Attachment, Framework, group_axis, is_a, makes_state
 from .frameworks.hooks import stepped_in_backward
 from .held import Holdings, group_thresholds, held, thresholds_watched
 from .in_backward import BackwardClipping, refuse_scaler
+from .model.blocks import Axis
 from .model.names import first_of
 from .model.parameter import all_zero
 from .stats import ClipStats
@@ -39,7 +41,11 @@ class AGCHook:
     """
 
     def __init__(
-        self, clipper: Clipper, attachment: Attachment | None = None, backward: BackwardClipping | None = None
+        self,
+        clipper: Clipper,
+        attachment: Attachment | None = None,
+        backward: BackwardClipping | None = None,
+        meet: Meet | None = None,
     ) -> None:
         self.clipper = clipper
         self.steps = 0
@@ -50,6 +56,8 @@ class AGCHook:
         self._holdings = Holdings(clipper)
         # One step may clip several times: two optimizers, ZeRO's groups and sub-groups. By optimizer and what it held.
         self._latest: dict[tuple[Optimizer, frozenset[object]], ClipStats | None] = {}
+        self._stages: Stages | None = None
+        self._of_all_stages = ClipStats.of_idle({})
         with ExitStack() as undo:
             if backward is not None:
                 undo.callback(backward.remove)
@@ -63,6 +71,8 @@ class AGCHook:
             _tell_all_off(self._attachment.optimizers)
             self._attachment.attached(self)
             undo.callback(self._attachment.removed)
+            if meet is not None:  # last: whatever could go wrong on one stage alone has not
+                self._stages = meet(clipper.parameters, clipper.rules, clipper.config)
             self._undo = undo.pop_all()  # an error until here leaves nothing behind
         if not dist.is_initialized() or dist.get_rank() == 0:
             logger.info("%s", self._described(". "))
@@ -71,6 +81,8 @@ class AGCHook:
     def stats(self) -> ClipStats:
         if self._backward is not None:
             return self._backward.stats
+        if self._stages is not None:
+            return self._of_all_stages
         return ClipStats.merged(stats for stats in self._latest.values() if stats is not None)
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -131,6 +143,8 @@ class AGCHook:
             self._latest = {}
         self.steps += not self._latest
         self._latest[optimizer, what] = stats
+        if self._stages is not None and stats is not None and self._attachment.step_is_over(self._latest):
+            self._of_all_stages = self._stages.complete(ClipStats.merged(filter(None, self._latest.values())))
 
     def remove(self) -> None:
         """Stop clipping. Calling it again does nothing."""
@@ -178,6 +192,7 @@ def attach(
     config: AGCConfig | None = None,
     *,
     during_backward: bool = False,
+    pipeline: Any = None,
     **options: Any,
 ) -> AGCHook:
     """Clip inside every ``optimizer.step()`` from now on, after gradients were reduced and before the update.
@@ -196,6 +211,11 @@ def attach(
             registered later, can step and free it; for LOMO and the like too, which do so by themselves. For plain
             modules, FSDP2 and tensor parallelism; the optimizers, which are not needed then, only bring the thresholds
             of their groups.
+        pipeline: the process group of the ranks that hold the stages of one model, of which ``model`` lists this
+            rank's. Patterns then have to match on some stage, and statistics cover all: one small collective more a
+            step, none with ``statistics=False``. All of its ranks must call `attach`, and step all of their
+            optimizers in each step. Names that two ranks have begin with ``pipeline0.``, the place in the group, in
+            statistics. A DeepSpeed engine knows its stages.
         options: the fields of `AGCConfig`, which says what each does: ``clipping_threshold``, ``eps``, ``exclude``,
             ``units``, ``on_nonfinite``, ``dry_run``, ``statistics``, ``weight_norm_interval``, ``compile``,
             ``cpu_kernel``.
@@ -221,15 +241,47 @@ def attach(
         >>> hook.remove()
     """
     framework = frameworks.stepper(model, optimizer)
-    if framework is None:
-        settings = AGCConfig.of(config, options)
-        optimizers = [] if during_backward and optimizer is None else _optimizers(optimizer)
-        attachment = Attachment(frameworks.parameters(model), optimizers, settings)
-    elif during_backward:
-        name = type(framework).__name__
-        raise ValueError(f"during_backward=True is not for {name}: AGC runs inside of engine.step() there.")
+    with meeting(_stages_of(model, framework, pipeline)) as meet:
+        if framework is None:
+            settings = AGCConfig.of(config, options)
+            optimizers = [] if during_backward and optimizer is None else _optimizers(optimizer)
+            attachment = Attachment(frameworks.parameters(model), optimizers, settings)
+        elif during_backward:
+            name = type(framework).__name__
+            raise ValueError(f"during_backward=True is not for {name}: AGC runs inside of its own step there.")
+        else:
+            attachment = framework.attachment(model, frameworks.unwrapped(optimizer), config, options)
+        return _attached(model, attachment, during_backward, meet)
+
+
+def _stages_of(model: Any, framework: Framework | None, pipeline: Any) -> Axis | None:
+    """The ranks that hold the stages of one model; None where this one has all of it."""
+    if framework is not None:
+        if pipeline is not None:
+            raise ValueError(f"pipeline= is not for {type(framework).__name__}, which knows the stages of its engine.")
+        group = framework.pipeline(model)
     else:
-        attachment = framework.attachment(model, frameworks.unwrapped(optimizer), config, options)
+        if pipeline is not None and not (dist.is_initialized() and isinstance(pipeline, dist.ProcessGroup)):
+            raise TypeError(
+                "pipeline must be the torch.distributed process group of the ranks that hold the stages of one model, "
+                f"such as mesh['pp'].get_group(); got {type(pipeline).__name__}."
+            )
+        group = pipeline
+    axis = None if group is None else group_axis(group)
+    return axis if axis is not None and axis.size > 1 else None
+
+
+def _attached(model: Any, attachment: Attachment, during_backward: bool, meet: Meet | None) -> AGCHook:
+    if meet is not None and during_backward:
+        raise ValueError(
+            "during_backward=True is not for a pipeline: its backward has no end at which stages could add up what was "
+            "clipped. Attach on each stage without pipeline=."
+        )
+    if meet is not None and attachment.config.on_nonfinite == "raise":
+        raise ValueError(
+            "on_nonfinite='raise' is not for a pipeline: it would stop the ranks of one stage, for which all others "
+            "wait. Take 'zero' or 'keep', and look at stats.nonfinite_units, which all stages know."
+        )
     if nowhere := [p.name for p in attachment.parameters if p.trains and p.tensor.is_meta]:
         raise ValueError(
             f"parameter {nowhere[0]!r} is on the meta device, and has no weights yet: attach when the model has been "
@@ -238,7 +290,7 @@ def attach(
     if not during_backward:
         _refuse_late_steps(attachment)
     models = [] if attachment.by_engine else frameworks.modules(model)
-    clipper = Clipper.of(attachment.parameters, attachment.config, models)
+    clipper = Clipper.of(attachment.parameters, attachment.config, models, checked=meet is None)
     for one in attachment.optimizers:
         if one in steps.of_process().attached:
             raise ValueError(
@@ -249,7 +301,7 @@ def attach(
         raise ValueError("the same optimizer was given twice.")
     _tell_zeros(clipper)
     backward = BackwardClipping(model, clipper, attachment.optimizers) if during_backward else None
-    return AGCHook(clipper, attachment, backward)
+    return AGCHook(clipper, attachment, backward, meet)
 
 
 def _tell_zeros(clipper: Clipper) -> None:

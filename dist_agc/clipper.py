@@ -56,13 +56,30 @@ class Clipper:
         self._start(frameworks.parameters(model), settings, frameworks.modules(model))
 
     @classmethod
-    def of(cls, parameters: Sequence[Parameter], config: AGCConfig, models: Sequence[nn.Module] = ()) -> Clipper:
-        """A Clipper of parameters that a framework has made already. ``models``: where new ones may turn up."""
+    def of(
+        cls,
+        parameters: Sequence[Parameter],
+        config: AGCConfig,
+        models: Sequence[nn.Module] = (),
+        *,
+        checked: bool = True,
+    ) -> Clipper:
+        """A Clipper of parameters that a framework has made already.
+
+        ``models``: where new ones may turn up. ``checked``: whether each pattern has to match something here.
+        """
         clipper = cls.__new__(cls)
-        clipper._start(parameters, config, models)
+        clipper._start(parameters, config, models, checked=checked)
         return clipper
 
-    def _start(self, parameters: Sequence[Parameter], config: AGCConfig, models: Sequence[nn.Module]) -> None:
+    def _start(
+        self,
+        parameters: Sequence[Parameter],
+        config: AGCConfig,
+        models: Sequence[nn.Module],
+        *,
+        checked: bool = True,
+    ) -> None:
         if config.cpu_kernel:
             load()  # here, so that a missing compiler is told before anything is clipped
         self.config = config
@@ -77,8 +94,8 @@ class Clipper:
         self._executions: dict[frozenset[int] | None, Execution] = {}
         self._once = Once()
         self._told_idle = False  # that nothing has a gradient
-        self._cover(parameters, unit_rules(parameters, config))
-        if set(self.rules) == {None}:
+        self._cover(parameters, unit_rules(parameters, config, checked=checked))
+        if checked and set(self.rules) == {None}:
             warnings.warn(
                 f"exclude={config.exclude!r} leaves out every parameter, so AGC clips nothing.",
                 UserWarning,

@@ -130,6 +130,21 @@ class ClipStats:
         names = [name for part in parts for name in part._names]
         return cls(units, sums, partial(_largest_in, parts), names, list(excluded), dry_run=parts[0]._dry_run)
 
+    def placed(self, places: Mapping[str, int], size: int) -> tuple[Tensor, Tensor]:
+        """What is added up over ranks, among ``size`` parameters of which some are at these places by name.
+
+        Returns the rows, shape (size, 3), and the largest ratios, shape (2, 2). Does not wait for the device.
+        """
+        rows = self._sums.new_zeros(size, self._sums.shape[1])
+        pairs = [(i, places[name]) for i, name in enumerate(self.names) if name in places]
+        if pairs:
+            source, at = torch.tensor(pairs, device="cpu").to(rows.device, non_blocking=True).unbind(1)
+            rows[at] = self._sums[source]
+        named = [*(places.get(name, size) for name in self._names), size]
+        where = torch.tensor(named, dtype=rows.dtype, device="cpu").to(rows.device, non_blocking=True)
+        value, place = self._top.to(rows.dtype).unbind(1)
+        return rows, torch.stack([value, where[place.clamp(max=len(named) - 1).long()]], 1)
+
     @property
     def names(self) -> tuple[str, ...]:
         """Of all parameters that it is about, excluded ones too."""

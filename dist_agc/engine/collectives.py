@@ -41,10 +41,13 @@ def anywhere(flags: Sequence[bool], axis: Axis, device: torch.device) -> list[bo
     return (all_reduce(counts, axis) > 0).tolist()
 
 
-def gathered(value: Any, axis: Axis) -> list[Any]:
-    """What every rank of ``axis`` says, in the order of its ranks: small things, at `attach` alone."""
+def exchange(said: Any, axis: Axis) -> list[Any]:
+    """What every rank of ``axis`` says, in their order: anything that can be pickled. Waits for the device."""
     every: list[Any] = [None] * axis.size
-    dist.all_gather_object(every, value, group=axis.group)
+    try:
+        dist.all_gather_object(every, said, group=axis.group)
+    except RuntimeError as error:
+        raise missing(axis) from error
     return every
 
 

@@ -6,7 +6,7 @@ Private to torch and read here only: ``torch.distributed.checkpoint.state_dict._
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -48,6 +48,10 @@ class Framework:
         """Whether ``model`` is an engine of this framework, which steps by itself, or ``optimizer`` one of its own."""
         return False
 
+    def pipeline(self, engine: Any) -> Any:
+        """The process group whose ranks hold the other stages of an engine; None where it has all of its model."""
+        return None
+
     def attachment(
         self, engine: Any, optimizer: Any, config: AGCConfig | None, options: Mapping[str, Any]
     ) -> Attachment:
@@ -72,6 +76,11 @@ class Attachment:
     def groups(self, optimizer: Optimizer) -> Sequence[Mapping[str, Any]]:
         """Its parameter groups, with what other ranks alone hold something of."""
         return optimizer.param_groups
+
+    def step_is_over(self, clipped: Collection[tuple[Optimizer, Collection[object]]]) -> bool:
+        """Whether nothing is left to clip in this step, of which ``clipped`` was: optimizers, each with what it held,
+        tensors by ``id``."""
+        return {optimizer for optimizer, _ in clipped}.issuperset(self.optimizers)
 
     def before_clip(self, optimizer: Optimizer) -> None:
         """``optimizer`` is about to step, and its gradients to be clipped."""

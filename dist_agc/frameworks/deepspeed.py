@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
@@ -46,6 +46,9 @@ class DeepSpeed(Framework):
 
     def steps(self, model: object, optimizer: object = None) -> bool:
         return is_a(model, "DeepSpeedEngine")
+
+    def pipeline(self, engine: Any) -> Any:
+        return _read(engine, "grid").get_pipe_parallel_group() if is_a(engine, "PipelineEngine") else None
 
     def claim(self, model: nn.Module | None, entries: Sequence[Entry]) -> tuple[list[Parameter], list[Entry]]:
         mine = [entry for entry in entries if _spread_by_zero(entry.tensor)]
@@ -93,6 +96,7 @@ class _Engine(Attachment):
 
     def __post_init__(self) -> None:
         self._known = {id(p.tensor) for p in self.parameters}
+        self._stepped_on = {id(p) for o in self.optimizers for group in o.param_groups for p in group["params"]}
         self._norm_clip, self._load = norm_clip(self.engine), self.engine.load_checkpoint
 
     def attached(self, hook: Any) -> None:
@@ -121,6 +125,10 @@ class _Engine(Attachment):
             return self._load(*args, **kwargs)
         finally:
             set_norm_clip(self.engine, settled)
+
+    def step_is_over(self, clipped: Collection[tuple[Optimizer, Collection[object]]]) -> bool:
+        """ZeRO 1 steps its groups one after the other."""
+        return self._stepped_on <= {thing for _, what in clipped for thing in what}
 
     def before_clip(self, optimizer: Optimizer) -> None:
         """Raises RuntimeError where the optimizer holds a gradient that the engine did not have at ``attach``."""
@@ -211,8 +219,6 @@ def _refused(engine: Any) -> str | None:
     optimizer = engine.optimizer
     kind = type(optimizer).__name__
     base = getattr(optimizer, "optimizer", optimizer)
-    if is_a(engine, "PipelineEngine"):
-        return "pipeline parallelism is not supported: a stage knows nothing of the other stages' units"
     if optimizer is None or kind in ("DummyOptim", "DeepSpeedZeRoOffload") or type(base).__name__ == "DummyOptim":
         return "it has no optimizer: pass one to initialize, or name one in the config"
     if getattr(optimizer, "zenflow", False):
@@ -238,7 +244,8 @@ def _refused(engine: Any) -> str | None:
         )
     mpu, sliced = engine.mpu, getattr(engine, "autotp_size", int)
     if mpu is not None and not hasattr(mpu, "initialize_sequence_parallel"):
-        sliced = mpu.get_model_parallel_world_size
+        # In the grid of a pipeline the stages are model-parallel too.
+        sliced = getattr(mpu, "get_slice_parallel_world_size", mpu.get_model_parallel_world_size)
     if sliced() > 1:
         return "tensor parallelism under DeepSpeed is not supported: its shards do not say how they cut a row"
     return None
@@ -304,11 +311,13 @@ def _spread(names: _Names, held: _Held) -> Iterator[Parameter]:
     """
     parameter, tensor, span, axis = held
     entry, shape = names.take(parameter), _shape(parameter)
+    # Layers that are tied across stages of a pipeline: the first stage that has them counts them.
+    tied = getattr(parameter, "ds_pipe_replicated", False)
     if getattr(parameter, "allreduce", True):  # no expert
         if span is None:
-            yield _Whole.of(entry, shape, tensor=tensor)
+            yield _Whole.of(entry, shape, tensor=tensor, counted_elsewhere=tied)
         else:
-            yield Partition.of(entry, shape, tensor=tensor, span=span, axis=axis or ALONE)
+            yield Partition.of(entry, shape, tensor=tensor, span=span, axis=axis or ALONE, counted_elsewhere=tied)
         return
     from deepspeed.utils import groups
 

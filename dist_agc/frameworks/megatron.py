@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..config import AGCConfig
-from ..engine.collectives import gathered
+from ..engine.collectives import exchange
 from ..model.blocks import Axis
 from ..model.names import Entry, entries
 from ..model.parameter import Parameter, Unknown
@@ -71,12 +71,15 @@ class Megatron(Framework):
                 found.append(Unknown.of(entry, shape, problem=_NOT_BY_MODULE))
         return found, left
 
+    def pipeline(self, engine: Any) -> Any:
+        return _Groups(_chunks(engine)).find("pp_group", "get_pipeline_model_parallel_group")
+
     def attachment(
         self, engine: Any, optimizer: Any, config: AGCConfig | None, options: Mapping[str, Any]
     ) -> Attachment:
         """The option ``norm_clipping``: None keeps a ``clip_grad`` above 0 with a warning, True keeps it silently,
         False switches it off."""
-        chunks = list(engine) if isinstance(engine, list | tuple) else [engine]
+        chunks = _chunks(engine)
         if not chunks or not all(isinstance(chunk, nn.Module) for chunk in chunks):
             raise TypeError(
                 "with Megatron's optimizer, attach takes the list of model chunks that get_model returned, or one "
@@ -88,8 +91,13 @@ class Megatron(Framework):
         options = dict(options)
         norm_clipping = options.pop("norm_clipping", None)
         settings = AGCConfig.of(config, options)
-        stepping = [one for one in inner if one.optimizer is not None]
-        model = _Model(chunks)
+        stepping, model = [one for one in inner if one.optimizer is not None], _Model(chunks)
+        stages = self.pipeline(chunks)
+        if not stepping and stages is not None and stages.size() > 1:
+            raise ValueError(
+                "nothing trains on this stage of Megatron's pipeline, so it has no step in which the others could meet "
+                "it: attach with more than one stage wants something to train on each."
+            )
         beside: dict[Optimizer, list[list[Tensor]]] = {}
         found = [p for one in stepping for p in _parameters(model, one, beside)]
         # Frozen parameters are in no optimizer; they are listed so that patterns may name them.
@@ -149,8 +157,8 @@ class _Attachment(Attachment):
 class Piece(FlatInterval):
     """This rank's interval of one parameter, or of its tensor-parallel slice, in the tensor that is stepped.
 
-    ``apart``: other axes along which ranks hold other whole parameters. ``stepped``: whether an optimizer has it. Its
-    tensor need not require gradients then: it may be a copy, or have no elements.
+    ``stepped``: whether an optimizer has it. Its tensor need not require gradients then: it may be a copy, or have no
+    elements.
     """
 
     stepped: bool = True
@@ -160,6 +168,10 @@ class Piece(FlatInterval):
     @property
     def trains(self) -> bool:
         return self.stepped or super().trains
+
+
+def _chunks(engine: Any) -> list[Any]:
+    return list(engine) if isinstance(engine, list | tuple) else [engine]
 
 
 def _inner(optimizer: Any) -> Iterator[Any]:
@@ -240,37 +252,44 @@ def _shape(tensor: Tensor, size: int) -> tuple[int, ...]:
     return tuple(shape)
 
 
-class _Model:
-    """The entries of a model's parameters under global names, and its process groups.
+class _Groups:
+    """The process groups of model chunks."""
 
-    ``left``: by id, those that nobody took yet.
-    """
-
-    def __init__(self, chunks: Sequence[nn.Module]) -> None:
+    def __init__(self, chunks: Sequence[Any]) -> None:
         self.chunks = chunks
-        self.left = {id(entry.tensor): entry for entry in _named(chunks)}
-        self._local: dict[str, int] = {}  # how many experts this rank holds, by the name of their list
-        for found in filter(None, (_EXPERT.match(e.name) for e in self.left.values() if _expert(e.tensor))):
-            self._local[found[1]] = max(self._local.get(found[1], 0), int(found[2]) + 1)
 
-    def group(self, attribute: str, getter: str, **options: Any) -> Any:
+    def find(self, attribute: str, getter: str, **options: Any) -> Any:
         """A process group by the name that DistributedDataParallel has for it, or from ``parallel_state``; or None."""
         from megatron.core import parallel_state
 
         try:
-            own = getattr(self.chunks[0], attribute, None)
+            own = getattr(next(iter(self.chunks), None), attribute, None)
             return getattr(parallel_state, getter)(**options) if own is None else own
         except AssertionError:  # not initialised
             return None
 
     def axis(self, attribute: str, getter: str, **options: Any) -> Axis:
-        found = self.group(attribute, getter, **options)
+        found = self.find(attribute, getter, **options)
         if found is None:
             raise ValueError(
                 f"Megatron has no {attribute} for these model chunks: call parallel_state.initialize_model_parallel "
                 "before attach, or give DistributedDataParallel a pg_collection."
             )
         return group_axis(found)
+
+
+class _Model(_Groups):
+    """The entries of a model's parameters under global names, and its process groups.
+
+    ``left``: by id, those that nobody took yet.
+    """
+
+    def __init__(self, chunks: Sequence[nn.Module]) -> None:
+        super().__init__(chunks)
+        self.left = {id(entry.tensor): entry for entry in _named(chunks)}
+        self._local: dict[str, int] = {}  # how many experts this rank holds, by the name of their list
+        for found in filter(None, (_EXPERT.match(e.name) for e in self.left.values() if _expert(e.tensor))):
+            self._local[found[1]] = max(self._local.get(found[1], 0), int(found[2]) + 1)
 
     def take(self, parameter: Tensor) -> Entry:
         if id(parameter) not in self.left:
@@ -354,6 +373,7 @@ def _spread(model: _Model, held: _Held) -> Iterator[Parameter]:
         "across": across,
         "sliced": tuple(parameter.shape) if across else None,
         "copies": tuple(one for one in copies if one.size > 1),
+        "counted_elsewhere": bool(getattr(parameter, "shared", False)),
     }
     if not expert:
         whole = Span(0, parameter.numel())
@@ -377,9 +397,9 @@ def _sharing(model: _Model, experts: Axis, axis: Axis) -> Axis | None:
         return experts if axis.size == 1 else axis
     context = {"with_context_parallel": True}
     groups = (
-        model.group("intra_dp_cp_group", "get_data_parallel_group", **context, partial_data_parallel=True),
-        model.group("dp_cp_group", "get_data_parallel_group", **context),
-        model.group("tp_dp_cp_group", "get_tensor_and_data_parallel_group", **context),
+        model.find("intra_dp_cp_group", "get_data_parallel_group", **context, partial_data_parallel=True),
+        model.find("dp_cp_group", "get_data_parallel_group", **context),
+        model.find("tp_dp_cp_group", "get_tensor_and_data_parallel_group", **context),
     )
     for candidate in (group_axis(group) for group in groups if group is not None):
         if candidate.size == experts.size * axis.size and {*experts.ranks, *axis.ranks} <= {*candidate.ranks}:
@@ -409,7 +429,7 @@ def _distributed(optimizer: Any, beside: dict[Optimizer, list[list[Tensor]]]) ->
     placed = [(buffer, p) for buffer in _read(optimizer, "buffers") for p in _read(buffer, "params")]
     # A rank does not know the group of a parameter of which it holds nothing, and that group may have a threshold.
     numbers = [mine[id(p)][0] if id(p) in mine else None for _, p in placed]
-    every = gathered(numbers, axis) if axis.size > 1 else [numbers]
+    every = exchange(numbers, axis) if axis.size > 1 else [numbers]
     groups = [next((i for i in said if i is not None), 0) for said in zip(*every, strict=True)]
     empty = beside[optimizer.optimizer] = [[] for _ in optimizer.optimizer.param_groups]
     for (buffer, p), group in zip(placed, groups, strict=True):

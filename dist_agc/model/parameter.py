@@ -33,6 +33,7 @@ class Parameter:
             agree, because copies that are clipped differently drift apart.
         uneven: says whether ranks of ``copies`` may have run out of batches, and stay away from a step.
         unreduced: says whether gradients are left now as each rank of ``copies`` has them, to be reduced later.
+        counted_elsewhere: another stage of the pipeline has it too, and has it in the statistics.
     """
 
     names: tuple[str, ...]
@@ -42,6 +43,7 @@ class Parameter:
     copies: tuple[Axis, ...] = ()
     uneven: Callable[[], bool] | None = None
     unreduced: Callable[[], bool] | None = None
+    counted_elsewhere: bool = False
 
     framework: ClassVar[str] = "whole on every rank (plain or DDP)"
 

@@ -139,7 +139,7 @@ def build(case: Case) -> tuple[list[nn.Module], Any]:
 
 def _build(case: Case) -> tuple[list[nn.Module], Any]:
     options = {
-        "num_layers": 2,
+        "num_layers": case.stages * (case.virtual or 1) if case.stages > 1 else 2,
         # The distributed optimizer cuts at multiples of 64 elements: inside of rows of 12 and 20.
         "hidden_size": 12,
         "num_attention_heads": 2,
@@ -169,7 +169,8 @@ def _build(case: Case) -> tuple[list[nn.Module], Any]:
     spec: Any = get_gpt_layer_local_spec(num_experts=config.num_moe_experts, moe_grouped_gemm=False)
     if config.sequence_parallel:
         spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = Norm
-        spec = TransformerBlockSubmodules([spec] * config.num_layers, Norm)  # pyright: ignore[reportArgumentType]
+        local = config.num_layers // case.stages // (case.virtual or 1)
+        spec = TransformerBlockSubmodules([spec] * local, Norm)  # pyright: ignore[reportArgumentType]
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=case.distributed,
@@ -179,7 +180,7 @@ def _build(case: Case) -> tuple[list[nn.Module], Any]:
     chunks = []
     for stage in range(case.virtual or 1):
         at = stage if case.virtual else None
-        rank = parallel_state.get_pipeline_model_parallel_rank()
+        rank: int = parallel_state.get_pipeline_model_parallel_rank()
         first, last = rank == 0, rank == case.stages - 1
         model = GPTModel(
             config,
@@ -192,7 +193,7 @@ def _build(case: Case) -> tuple[list[nn.Module], Any]:
             position_embedding_type="learned_absolute",
             vp_stage=at,
         )
-        plant(model, case)
+        plant(model)
         whole = Float16Module(config, model) if case.bf16 or case.fp16 else model
         chunks.append(DistributedDataParallel(config, ddp, whole, disable_bucketing=stage > 0))
     config.finalize_model_grads_func = finalize_model_grads
@@ -232,6 +233,8 @@ def named(chunks: Sequence[nn.Module]) -> dict[int, tuple[str, Any]]:
             if expert := re.match(r"(.*local_experts)\.(\d+)\.", name):
                 first = parallel_state.get_expert_model_parallel_rank() * len(modules[expert[1]])
                 names.append(re.sub(r"local_experts\.\d+", f"local_experts.{first + int(expert[2])}", names[-1]))
+            if getattr(parameter, "shared", False):  # the last stage's copy
+                names.append("embedding.word_embeddings.weight")
             found[id(parameter)] = re.sub(r"^(module\.)+", "", names[-1]), parameter
     return found
 
@@ -247,7 +250,7 @@ def tensor_rank(name: str, parameter: nn.Parameter) -> tuple[int, int]:
     return group.rank(), group.size()
 
 
-def plant(model: nn.Module, case: Case) -> None:
+def plant(model: nn.Module) -> None:
     """Weights by their names alone, the same however the model is spread."""
     with torch.no_grad():
         for name, p in named([model]).values():
@@ -255,8 +258,6 @@ def plant(model: nn.Module, case: Case) -> None:
             shape = list(p.shape)
             if size > 1:
                 shape[p.partition_dim] *= size
-            if name == "output_layer.weight" and case.tied:
-                name = "embedding.word_embeddings.weight"
             generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
             whole = torch.randn(shape, generator=generator) * 0.4
             if name.endswith("layernorm.weight"):
@@ -442,7 +443,8 @@ def parity(
     for step in range(steps):
         forward_backward(chunks, optimizer, step)
         norm = step_of(optimizer)
-        assert not case.distributed or any(p.cuts_a_row for held in world.gather(watch.pieces) for p in held)
+        if case.distributed and parallel_state.get_data_parallel_world_size() > 1:
+            assert any(p.cuts_a_row for held in world.gather(watch.pieces) for p in held)
         seen = watch.take(world)
         rules = {name: oracle.Units((0,) if w.ndim > 1 else ()) for name, w in seen["weight"].items()}
         limit = threshold if thresholds is None else {name: thresholds(name) for name in rules}

@@ -76,6 +76,11 @@ CASES: dict[int, dict[str, tuple[Case, dict[str, Any]]]] = {
         "distributed bf16": (Case(bf16=True, distributed=True, tied=True, bucket_size=100), {}),
         "experts": (Case(experts=2, config=MOE), {}),
         "experts distributed": (Case(experts=2, distributed=True, bucket_size=100, config=MOE), {}),
+        "stages": (Case(stages=2, tied=True, bf16=True), {"exclude": ("*layers.1.*",), "excluded": "layers.1"}),
+        "virtual stages": (
+            Case(stages=2, virtual=2, distributed=True),
+            {"exclude": ("*layers.3.*",), "excluded": "s.3."},
+        ),
     },
     4: {
         "tensor x data": (Case(tensor=2, bf16=True, config=SEQUENCE), {}),
@@ -83,6 +88,8 @@ CASES: dict[int, dict[str, tuple[Case, dict[str, Any]]]] = {
             Case(tensor=2, distributed=True, bucket_size=100),
             {"groups_of": small_groups, "thresholds": small},
         ),
+        "stages x distributed": (Case(stages=2, distributed=True, tied=True, bucket_size=100), {}),
+        "virtual stages x tensor": (Case(stages=2, virtual=2, tensor=2, config=SEQUENCE), {}),
         "experts, sliced": (Case(tensor=2, experts=2, config=MOE | SEQUENCE), {}),
         "experts, whole, distributed": (
             Case(tensor=2, experts=2, expert_tensor=1, distributed=True, bucket_size=60, config=MOE | SEQUENCE),
