@@ -78,7 +78,7 @@ def attach(
         3
         >>> hook.remove()
     """
-    framework = frameworks.stepper(model)
+    framework = frameworks.stepper(model, optimizer)
     with meeting(_stages_of(model, framework, pipeline)) as meet:
         if framework is None:
             settings = AGCConfig.of(config, options)
@@ -86,7 +86,7 @@ def attach(
             attachment = Attachment(frameworks.parameters(model), optimizers, settings)
         elif during_backward:
             name = type(framework).__name__
-            raise ValueError(f"during_backward=True is not for {name}: AGC runs inside of engine.step() there.")
+            raise ValueError(f"during_backward=True is not for {name}: AGC runs inside of its own step there.")
         else:
             attachment = framework.attachment(model, frameworks.unwrapped(optimizer), config, options)
         return _attached(model, attachment, during_backward, meet)

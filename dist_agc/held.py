@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -22,10 +22,10 @@ def held(*optimizers: Optimizer) -> list[Tensor]:
     return [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
 
 
-def group_thresholds(*optimizers: Optimizer) -> dict[int, float | None]:
-    """The thresholds that their parameter groups ask for, by ``id`` of the parameter."""
+def group_thresholds(*of_optimizers: Iterable[Mapping[str, Any]]) -> dict[int, float | None]:
+    """The thresholds that parameter groups of optimizers ask for, by ``id`` of the parameter."""
     found: dict[int, float | None] = {}
-    for i, group in (numbered for optimizer in optimizers for numbered in enumerate(optimizer.param_groups)):
+    for i, group in (numbered for groups in of_optimizers for numbered in enumerate(groups)):
         if "clipping_threshold" in group:
             value = group["clipping_threshold"]
             if value is not None:

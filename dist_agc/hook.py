@@ -17,7 +17,7 @@ from . import steps
 from .clipper import Clipper
 from .engine.stages import Meet, Stages
 from .frameworks.base import Attachment, makes_state
-from .held import Holdings, group_thresholds, held, thresholds_watched
+from .held import Holdings, group_thresholds, thresholds_watched
 from .in_backward import BackwardClipping, refuse_scaler
 from .model.names import first_of
 from .stats import ClipStats
@@ -104,7 +104,11 @@ class AGCHook:
         if makes_state():
             return
         self._attachment.before_clip(optimizer)
-        tensors = held(optimizer) if self._attachment.by_engine else self._holdings.look(optimizer)
+        groups = self._attachment.groups(optimizer)
+        if self._attachment.by_engine:
+            tensors = [p for group in groups for p in group["params"]]
+        else:
+            tensors = self._holdings.look(optimizer)
         if not self._warned and all(p.grad is None for p in tensors if p.numel()) and any(p.numel() for p in tensors):
             self._warned = True
             if not steps.of_process().told(optimizer):
@@ -125,7 +129,7 @@ class AGCHook:
                 UserWarning,
                 stacklevel=2,
             )
-        thresholds = group_thresholds(optimizer)
+        thresholds = group_thresholds(groups)
         stats = self.clipper.clip(tensors, thresholds=thresholds, grad_scale=grad_scale, apart=True)
         # By tensor and by name, since another tensor may have come in the place of the one that was clipped before.
         what = frozenset((*map(id, tensors), *(() if stats is None else stats.names)))

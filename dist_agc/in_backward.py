@@ -131,7 +131,7 @@ class BackwardClipping:
         # LOMO makes one in the first backward of a loss in fp16.
         if any(getattr(one, "loss_scaler", None) is not None for one in self._optimizers):
             raise _scaled("LOMO's loss scale")
-        self._thresholds = group_thresholds(*self._optimizers)
+        self._thresholds = group_thresholds(*(optimizer.param_groups for optimizer in self._optimizers))
         self._record, self._running = {}, True
         self._left = None if self._left is None else {}
         self._watched.clear()

@@ -19,12 +19,13 @@ from .base import Framework
 from .deepspeed import DeepSpeed
 from .fsdp1 import FSDP1
 from .hooks import summed_later
+from .megatron import Megatron
 from .plain import Plain
 
 # What has parameters: a module, a list of several, or the parameters themselves, with or without names.
 Model = nn.Module | Sequence[nn.Module] | Iterable[Tensor] | Iterable[tuple[str, Tensor]]
 
-_SHARDING: tuple[Framework, ...] = (DeepSpeed(), FSDP1())
+_SHARDING: tuple[Framework, ...] = (DeepSpeed(), Megatron(), FSDP1())
 _PLAIN = Plain()  # takes what nobody else knows and nobody refuses
 
 for _framework in (*_SHARDING, _PLAIN):
@@ -110,9 +111,9 @@ def refused(tensor: Tensor) -> str | None:
     return None
 
 
-def stepper(model: object) -> Framework | None:
-    """The framework that steps this object by itself, because it is an engine; None for anything else."""
-    return next((framework for framework in _asked() if framework.steps(model)), None)
+def stepper(model: object, optimizer: object = None) -> Framework | None:
+    """The framework that steps this object by itself, because it is an engine, or whose optimizer this is; or None."""
+    return next((framework for framework in _asked() if framework.steps(model, optimizer)), None)
 
 
 def not_in_backward(model: object) -> str | None:

@@ -44,8 +44,8 @@ class Framework:
         """Why gradients of this module are not final in backward."""
         return None
 
-    def steps(self, model: object) -> bool:
-        """Whether ``model`` is an engine of this framework, which steps by itself."""
+    def steps(self, model: object, optimizer: object = None) -> bool:
+        """Whether ``model`` is an engine of this framework, which steps by itself, or ``optimizer`` one of its own."""
         return False
 
     def pipeline(self, engine: Any) -> Any:
@@ -72,6 +72,10 @@ class Attachment:
 
     def attached(self, hook: Any) -> None:
         """AGC is on; ``hook`` is its handle."""
+
+    def groups(self, optimizer: Optimizer) -> Sequence[Mapping[str, Any]]:
+        """Its parameter groups, with what other ranks alone hold something of."""
+        return optimizer.param_groups
 
     def step_is_over(self, clipped: Collection[tuple[Optimizer, Collection[object]]]) -> bool:
         """Whether nothing is left to clip in this step, of which ``clipped`` was: optimizers, each with what it held,

@@ -44,7 +44,7 @@ _NOT_BY_MODULE = (
 class DeepSpeed(Framework):
     wrapped = {"DeepSpeedEngine": "module", "PipelineEngine": "module"}
 
-    def steps(self, model: object) -> bool:
+    def steps(self, model: object, optimizer: object = None) -> bool:
         return is_a(model, "DeepSpeedEngine")
 
     def pipeline(self, engine: Any) -> Any:
