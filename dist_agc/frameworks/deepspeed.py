@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
@@ -24,8 +24,8 @@ from torch.optim import Optimizer
 
 from ..config import AGCConfig, block_of, merged
 from ..model.blocks import Axis
-from ..model.names import Entry, entries
-from ..model.parameter import Parameter, Unknown
+from ..model.names import Entry, entries, first_of
+from ..model.parameter import LeftAlone, Parameter, Unknown
 from ._flat import ALONE, FlatInterval, Span
 from .base import Attachment, Framework, group_axis, is_a, read
 
@@ -98,19 +98,25 @@ class _Engine(Attachment):
     def attached(self, hook: Any) -> None:
         """DeepSpeed's own default of 1.0 must not silently stack on AGC; what the user asked for stays."""
         keep = "gradient_clipping" in self.engine.config if self.norm_clipping is None else self.norm_clipping
+        muon = [p.name for p in self.parameters if p.left_alone]
         if keep:
+            steps = ", and shortens the steps of Muon" if muon else ""
             text = (
                 f"gradient_clipping = {self._norm_clip} is kept, and clips the norm of all gradients before AGC sees "
-                'them; "gradient_clipping": 0.0 leaves the clipping to AGC.'
+                f'them{steps}; "gradient_clipping": 0.0 leaves the clipping to AGC.'
             )
         else:
             set_norm_clip(self.engine, 0.0)
             text = f"gradient_clipping is 0.0 instead of DeepSpeed's default {self._norm_clip}: AGC clips."
         if self.norm_clipping is None and self._norm_clip > 0:
-            import deepspeed
-
-            # A warning, since DeepSpeed's logger shows nothing below one unless it is told to.
-            deepspeed.utils.log_dist(f"dist_agc: {text}", ranks=[0], level=logging.WARNING)  # pyright: ignore[reportCallIssue]
+            _say(text)
+        if muon:
+            others = any(p.trains and not p.left_alone for p in self.parameters)
+            _say(
+                f"the {len(muon)} parameters of Muon are left alone ({first_of(muon, 3)}): it orthogonalises their "
+                "gradients, whose lengths count for nothing then. "
+                + ("AGC clips all others, and grad_norm is of these alone." if others else "AGC clips nothing here.")
+            )
         self.engine.load_checkpoint = self._load_checkpoint
         self.engine.agc = hook
 
@@ -173,8 +179,12 @@ def parameters(engine: Any) -> list[Parameter]:
     names, way = _Names(engine), _WAYS.get(type(engine.optimizer).__name__, _plain)
     found = []
     for held in way(engine.optimizer):
-        problem, spread = _unclippable(engine, held), _spread(names, held)
-        found += spread if problem is None else (Unknown.instead_of(p, problem) for p in spread)
+        spread: Iterable[Parameter] = _spread(names, held)
+        if _of_muon(engine, held):
+            spread = (LeftAlone.instead_of(p, "is stepped by Muon") for p in spread)
+        elif problem := _unclippable(held):
+            spread = (Unknown.instead_of(p, problem) for p in spread)
+        found += spread
     # Frozen parameters are in no optimizer; they are listed so that patterns may name them.
     return found + [Partition.of(entry, _shape(entry.tensor), span=Span()) for entry in names.left.values()]
 
@@ -198,6 +208,13 @@ def set_norm_clip(engine: Any, value: float) -> None:
     _read(engine, "_config").gradient_clipping = value
     if hasattr(engine.optimizer, "clip_grad"):
         engine.optimizer.clip_grad = value
+
+
+def _say(text: str) -> None:
+    """On the first rank; a warning, since DeepSpeed's logger shows nothing below one unless it is told to."""
+    import deepspeed
+
+    deepspeed.utils.log_dist(f"dist_agc: {text}", ranks=[0], level=logging.WARNING)  # pyright: ignore[reportCallIssue]
 
 
 def _read(owner: Any, attribute: str) -> Any:
@@ -244,18 +261,23 @@ def _refused(engine: Any) -> str | None:
     return None
 
 
-def _unclippable(engine: Any, held: _Held) -> str | None:
-    """Why this one parameter cannot be clipped, to go on after its name; all others can, where it is excluded."""
+def _of_muon(engine: Any, held: _Held) -> bool:
+    """Whether Muon steps this parameter, so that the base optimizer gets an orthogonalised update for a gradient.
+
+    Without ZeRO it makes that in its step, out of the gradient, whose length it drops.
+    """
     parameter, tensor, *_ = held
     base = getattr(engine.optimizer, "optimizer", engine.optimizer)
-    of_muon = [group for group in base.param_groups if group.get("use_muon", False)]
+    groups = [group for group in base.param_groups if group.get("use_muon", False)]
     # ZeRO 3 puts what a group steps on into it in the step alone.
-    if of_muon and (getattr(parameter, "use_muon", False) or any(tensor is p for g in of_muon for p in g["params"])):
-        return (
-            "is in a group of Muon, which hands the base optimizer an orthogonalised update in the place of the "
-            "gradient. Exclude all parameters of Muon; those of Adam are clipped then"
-        )
-    if getattr(parameter, "ds_zero_placement_family", None) == "autoep_expert":
+    return bool(groups) and (
+        getattr(parameter, "use_muon", False) or any(tensor is p for group in groups for p in group["params"])
+    )
+
+
+def _unclippable(held: _Held) -> str | None:
+    """Why this one parameter cannot be clipped, to go on after its name; all others can, where it is excluded."""
+    if getattr(held[0], "ds_zero_placement_family", None) == "autoep_expert":
         return "is an AutoEP expert under ZeRO 3, which is not supported: use ZeRO 1 or 2, or exclude it"
     return None
 
