@@ -26,6 +26,7 @@ from ..config import AGCConfig, block_of, merged
 from ..model.blocks import Axis
 from ..model.names import Entry, entries, first_of
 from ..model.parameter import LeftAlone, Parameter, Unknown
+from . import autotp
 from ._flat import ALONE, FlatInterval, Span
 from .base import Attachment, Framework, group_axis, is_a, read
 
@@ -177,9 +178,10 @@ def parameters(engine: Any) -> list[Parameter]:
     if reason := _refused(engine):
         raise ValueError(f"AGC cannot be attached to this DeepSpeed engine: {reason}.")
     names, way = _Names(engine), _WAYS.get(type(engine.optimizer).__name__, _plain)
-    found = []
-    for held in way(engine.optimizer):
-        spread: Iterable[Parameter] = _spread(names, held)
+    every, found = list(way(engine.optimizer)), []
+    slices = _slices(engine, [parameter for parameter, *_ in every])
+    for held in every:
+        spread: Iterable[Parameter] = _spread(names, held) if slices is None else _sliced(names, held, *slices)
         if _of_muon(engine, held):
             spread = (LeftAlone.instead_of(p, "is stepped by Muon") for p in spread)
         elif problem := _unclippable(held):
@@ -253,11 +255,9 @@ def _refused(engine: Any) -> str | None:
             "the GradScaler of torch_autocast in float16 lets each rank decide by itself whether to step, so that one "
             "would wait for another: use bfloat16, or DeepSpeed's own fp16"
         )
-    mpu, sliced = engine.mpu, getattr(engine, "autotp_size", int)
-    if mpu is not None and not hasattr(mpu, "initialize_sequence_parallel"):
-        sliced = mpu.get_model_parallel_world_size
-    if sliced() > 1:
-        return "tensor parallelism under DeepSpeed is not supported: its shards do not say how they cut a row"
+    mpu = None if getattr(engine, "autotp_size", int)() > 1 else engine.mpu
+    if mpu is not None and not hasattr(mpu, "initialize_sequence_parallel") and mpu.get_model_parallel_world_size() > 1:
+        return "the tensor parallelism of an mpu of your own does not say how it cuts a row: use DeepSpeed's AutoTP"
     return None
 
 
@@ -339,6 +339,46 @@ def _spread(names: _Names, held: _Held) -> Iterator[Parameter]:
     for rank in range(experts.size):
         here = span if rank == experts.rank else Span(bounds=span.bounds)
         yield Partition.of(names.expert(entry, rank), shape, tensor=tensor, span=here, axis=axis or experts)
+
+
+# The tensor-parallel ranks, and by ``id`` what this one holds of a parameter, or why that cannot be told.
+_Slices = tuple[Axis, Mapping[int, autotp.Slice | str]]
+
+
+def _slices(engine: Any, parameters: Sequence[Tensor]) -> _Slices | None:
+    """None where AutoTP cuts nothing."""
+    if getattr(engine, "autotp_size", int)() < 2:
+        return None
+    from deepspeed.utils import groups
+
+    axis = group_axis(_read(groups, "get_tensor_model_parallel_group")())
+    return axis, {id(p): autotp.slice_of(p, _shape(p), axis.rank) for p in parameters}
+
+
+def _sliced(names: _Names, held: _Held, over: Axis, slices: Mapping[int, autotp.Slice | str]) -> Iterator[Parameter]:
+    """`_spread` under AutoTP."""
+    parameter, tensor, span, axis = held
+    entry, part = names.take(parameter), slices[id(parameter)]
+    if not getattr(parameter, "allreduce", True):
+        part = "is an expert under AutoTP, which dist_agc does not know. Exclude it"
+    if isinstance(part, str):
+        yield Unknown.of(entry, _shape(parameter), tensor=tensor, problem=part)
+    elif part.dim is not None:
+        yield autotp.Sliced.of(
+            entry,
+            part.shape,
+            tensor=tensor,
+            span=span or Span(0, tensor.numel()),
+            axis=axis or ALONE,
+            across=((over, part.dim),),
+            sliced=part.sliced,
+            slice=part,
+            level=all(not isinstance(one, str) and one.even for one in slices.values()),
+        )
+    elif span is None:
+        yield _Whole.of(entry, part.shape, tensor=tensor, copies=(over,))
+    else:
+        yield Partition.of(entry, part.shape, tensor=tensor, span=span, axis=axis or ALONE, copies=(over,))
 
 
 def _partitions(groups: str, flats: str, optimizer: Any) -> Iterator[_Held]:
