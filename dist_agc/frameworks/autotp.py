@@ -17,7 +17,6 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ..model.blocks import Pieces, interval
 from ..model.units import UnitRule
 from ._flat import FlatInterval
 
@@ -104,25 +103,11 @@ def _refined(shape: tuple[int, ...], view: tuple[int, ...]) -> list[tuple[int, .
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Sliced(FlatInterval):
-    """This rank's interval of its slice of a parameter, in a flat tensor, or all of the slice in one of its own.
-
-    ``level``: whether all tensor-parallel ranks have the same intervals of their slices: where some have less of one
-    parameter, all that lies behind it is cut elsewhere.
-    """
+    """This rank's interval of its slice of a parameter, in a flat tensor, or all of the slice in one of its own."""
 
     slice: Slice
-    level: bool
 
     framework: ClassVar[str] = "DeepSpeed AutoTP"
-
-    def pieces(self, rule: UnitRule | None) -> Pieces:
-        if rule is None:
-            return super().pieces(rule)
-        span = self.span
-        rule = self.flattened(rule)
-        return interval(
-            rule, span.start, span.stop, span.offset, span.bounds, self.axis, self.across, aligned=self.level
-        )
 
     def flattened(self, rule: UnitRule) -> UnitRule:
         if rule.split is None:

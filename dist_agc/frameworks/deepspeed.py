@@ -14,11 +14,13 @@ from __future__ import annotations
 import itertools
 import logging
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -250,15 +252,35 @@ def _refused(engine: Any) -> str | None:
         return (
             "the legacy fused fp16 step hands gradients past the parameters: set the optimizer's legacy_fusion to false"
         )
-    if getattr(optimizer, "torch_autocast_gradscaler", None) is not None:
+    if getattr(optimizer, "torch_autocast_gradscaler", None) is not None and not _norm_decides(optimizer):
         return (
-            "the GradScaler of torch_autocast in float16 lets each rank decide by itself whether to step, so that one "
-            "would wait for another: use bfloat16, or DeepSpeed's own fp16"
+            "each rank lets the GradScaler of torch_autocast in float16 decide by itself whether to step, so that one "
+            "would wait for another: leave zero_optimization.compute_grad_norm on (DeepSpeed 0.19.8, whose ranks skip "
+            "together then), or use bfloat16, or DeepSpeed's own fp16"
+        )
+    spread = getattr(engine, "autotp_size", int)() > 1 or any(
+        not getattr(p, "allreduce", True) for p in engine.module.parameters()
+    )
+    if spread and getattr(engine, "torch_autocast_z0_gradscaler", None) is not None:
+        return (
+            "the GradScaler of torch_autocast in float16 is each rank's own without ZeRO, and ranks that hold "
+            "different parameters (AutoTP, experts) would not skip a step together: use ZeRO, or bfloat16"
         )
     mpu = None if getattr(engine, "autotp_size", int)() > 1 else engine.mpu
     if mpu is not None and not hasattr(mpu, "initialize_sequence_parallel") and mpu.get_model_parallel_world_size() > 1:
         return "the tensor parallelism of an mpu of your own does not say how it cuts a row: use DeepSpeed's AutoTP"
     return None
+
+
+def _norm_decides(optimizer: Any) -> bool:
+    """Whether ZeRO skips a step by the norm of all gradients, the same on every rank, before a GradScaler looks at its
+    own. Where that norm is finite, so are all gradients."""
+    if not hasattr(sys.modules[type(optimizer).__module__], "is_invalid_grad_norm"):
+        return False  # an older version
+    if type(optimizer).__name__ == "DeepSpeedZeroOptimizer_Stage3":
+        return True
+    checked = _read(optimizer, "dtype") != torch.bfloat16 or _read(optimizer, "check_grad_overflow")
+    return _read(optimizer, "compute_grad_norm") and checked
 
 
 def _of_muon(engine: Any, held: _Held) -> bool:
@@ -361,6 +383,8 @@ def _sliced(names: _Names, held: _Held, over: Axis, slices: Mapping[int, autotp.
     entry, part = names.take(parameter), slices[id(parameter)]
     if not getattr(parameter, "allreduce", True):
         part = "is an expert under AutoTP, which dist_agc does not know. Exclude it"
+    # Where a rank has less of one parameter, all that lies behind it in the flat tensor is cut elsewhere.
+    aligned = all(not isinstance(one, str) and one.even for one in slices.values())
     if isinstance(part, str):
         yield Unknown.of(entry, _shape(parameter), tensor=tensor, problem=part)
     elif part.dim is not None:
@@ -373,12 +397,13 @@ def _sliced(names: _Names, held: _Held, over: Axis, slices: Mapping[int, autotp.
             across=((over, part.dim),),
             sliced=part.sliced,
             slice=part,
-            level=all(not isinstance(one, str) and one.even for one in slices.values()),
+            aligned=aligned,
         )
     elif span is None:
         yield _Whole.of(entry, part.shape, tensor=tensor, copies=(over,))
     else:
-        yield Partition.of(entry, part.shape, tensor=tensor, span=span, axis=axis or ALONE, copies=(over,))
+        where: dict[str, Any] = {"span": span, "axis": axis or ALONE, "copies": (over,), "aligned": aligned}
+        yield Partition.of(entry, part.shape, tensor=tensor, **where)
 
 
 def _partitions(groups: str, flats: str, optimizer: Any) -> Iterator[_Held]:

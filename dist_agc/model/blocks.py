@@ -214,7 +214,8 @@ def interval(
         axis: the ranks that hold the other intervals.
         across: the axes along which the parameter was sliced before it was flattened, as tensor parallelism does. Their
             ranks hold the same interval of their own slices.
-        aligned: False: they may hold other intervals, and slices of other sizes along the dims that are summed over.
+        aligned: False: they may hold other intervals, and slices of other sizes. What is cut along which axis does not
+            depend on the borders then, since every rank has to come to the same collectives.
 
     Example:
         >>> rows = UnitRule((4, 10), (0,))
@@ -239,9 +240,8 @@ def interval(
         # Any two ranks may hold pieces of any unit: all of them have a slot along either axis.
         held = _run(0, math.prod(rule.shape[d] for d in rule.kept))
     cuts = [Cut(a, held) for a in spread]
-    if axis.size > 1 and spread and not aligned:
-        cuts.append(Cut(axis, held))
-    elif axis.size > 1 and len(runs := _cut_runs(bounds, math.prod(rule.shape), length, count)):
+    runs = held if spread and not aligned else _cut_runs(bounds, math.prod(rule.shape), length, count)
+    if axis.size > 1 and (len(runs) or not aligned):
         cuts.append(Cut(axis, runs))
     apart = [*(a for a, dim in across if dim in rule.kept), axis]
     return Pieces(tuple(blocks), tuple(cuts), tuple(a for a in apart if a.size > 1))
