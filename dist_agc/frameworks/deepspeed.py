@@ -186,8 +186,6 @@ def parameters(engine: Any) -> list[Parameter]:
         spread: Iterable[Parameter] = _spread(names, held) if slices is None else _sliced(names, held, *slices)
         if _of_muon(engine, held):
             spread = (LeftAlone.instead_of(p, "is stepped by Muon") for p in spread)
-        elif problem := _unclippable(held):
-            spread = (Unknown.instead_of(p, problem) for p in spread)
         found += spread
     # Frozen parameters are in no optimizer; they are listed so that patterns may name them.
     return found + [Partition.of(entry, _shape(entry.tensor), span=Span()) for entry in names.left.values()]
@@ -297,13 +295,6 @@ def _of_muon(engine: Any, held: _Held) -> bool:
     )
 
 
-def _unclippable(held: _Held) -> str | None:
-    """Why this one parameter cannot be clipped, to go on after its name; all others can, where it is excluded."""
-    if getattr(held[0], "ds_zero_placement_family", None) == "autoep_expert":
-        return "is an AutoEP expert under ZeRO 3, which is not supported: use ZeRO 1 or 2, or exclude it"
-    return None
-
-
 class _Names:
     """The entries of an engine's parameters, and names for experts. ``left``: by id, those that nobody took yet."""
 
@@ -360,7 +351,8 @@ def _spread(names: _Names, held: _Held) -> Iterator[Parameter]:
     experts = group_axis(_read(groups, "_get_expert_parallel_group")(_read(parameter, "group_name")))
     for rank in range(experts.size):
         here = span if rank == experts.rank else Span(bounds=span.bounds)
-        yield Partition.of(names.expert(entry, rank), shape, tensor=tensor, span=here, axis=axis or experts)
+        known = names.expert(entry, rank) if experts.size > 1 else entry
+        yield Partition.of(known, shape, tensor=tensor, span=here, axis=axis or experts)
 
 
 # The tensor-parallel ranks, and by ``id`` what this one holds of a parameter, or why that cannot be told.
@@ -419,13 +411,15 @@ def _partitions(groups: str, flats: str, optimizer: Any) -> Iterator[_Held]:
 
 
 def _stage_3(optimizer: Any) -> Iterator[_Held]:
-    flats = _read(optimizer, "fp32_partitioned_groups_flat")
+    every, flats = group_axis(_read(optimizer, "dp_process_group")), _read(optimizer, "fp32_partitioned_groups_flat")
     for group, flat in zip(_read(optimizer, "fp16_groups"), flats, strict=True):
         base = 0
         for parameter in group:
             axis = group_axis(_read(parameter, "ds_process_group"))
             size = _read(parameter, "partition_numel")()
-            yield parameter, flat, Span.cut(_read(parameter, "ds_numel"), 0, size, axis.rank, base), axis
+            span = Span.cut(_read(parameter, "ds_numel"), 0, size, axis.rank, base)
+            # An expert is cut over the ranks that hold it, and known to all (see `_spread`).
+            yield parameter, flat, span, axis if getattr(parameter, "allreduce", True) else every
             base += size
 
 

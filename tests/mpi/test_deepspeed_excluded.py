@@ -12,7 +12,6 @@ import deepspeed_runs as runs  # noqa: E402
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
-import dist_agc  # noqa: E402
 import helpers  # noqa: E402
 import oracle  # noqa: E402
 from dist_agc.integrations import deepspeed as integration  # noqa: E402
@@ -125,19 +124,6 @@ def test_muons_steps_are_as_long_as_without_clipping_and_adams_gradients_are_cli
         lengths = {said: [float((w[name] - before[name]).norm()) for name in matrices] for said, w in moved.items()}
         shorter = [off / default for off, default in zip(lengths["off"], lengths["default"], strict=True)]
         assert min(shorter) > 2 and max(shorter) < 1.001 * min(shorter)
-
-
-def test_experts_of_autoep_under_zero_3(world: Any) -> None:
-    engine = engine_of(world, 3)
-    engine.module[0].weight.ds_zero_placement_family = "autoep_expert"
-    with pytest.raises(ValueError, match="'0.weight' is an AutoEP expert under ZeRO 3.*exclude it"):
-        dist_agc.attach(engine, clipping_threshold=THRESHOLD)
-    hook = dist_agc.attach(engine, clipping_threshold=THRESHOLD, exclude="0.weight")
-    step(engine)
-    assert 0 < int(hook.stats.clipped_units) and set(hook.stats.per_parameter) == {
-        name for name, _ in small().named_parameters() if name != "0.weight"
-    }
-    engine.destroy()
 
 
 def test_a_config_without_the_block_says_in_one_line_that_agc_is_off(
