@@ -32,7 +32,7 @@ from . import autotp
 from ._flat import ALONE, FlatInterval, Span
 from .base import Attachment, Framework, group_axis, is_a, read
 
-SUPPORTED = "DeepSpeed 0.19 (tested with 0.19.8)"
+SUPPORTED = "DeepSpeed 0.16 to 0.19 (tested with 0.19.8)"
 BLOCK = "adaptive_gradient_clipping"
 
 _EXPERT = re.compile(r"(.*?deepspeed_experts\.)(\d+)(?=\.)")  # the name of a list of experts, and the place in it

@@ -74,7 +74,7 @@ def together(world: Any, flats: list[Tensor], groups: Any, ep_size: int) -> dict
 
 def test_experts_are_the_oracles(world: Any) -> None:
     for ep_size in (n for n in range(2, world.size + 1) if world.size % n == 0):
-        runs._state["group"] = None
+        runs.forget_groups()
         runs.prepare()
         torch.manual_seed(0)
         model = Mixture(2 * ep_size)
@@ -105,3 +105,4 @@ def test_experts_are_the_oracles(world: Any) -> None:
             assert_equal_everywhere(world, engine.agc.stats)
         watch.remove()
         engine.destroy()
+    runs.forget_groups()

@@ -65,7 +65,7 @@ def net(width: int, dtype: torch.dtype = torch.float32) -> Net:
 
 
 def engine_of(world: Any, stage: int, tp: int, model: nn.Module, *, settings: Any = None, **extra: Any) -> Any:
-    runs._state["group"] = None  # groups of another size
+    runs.forget_groups()
     runs.prepare()
     plan = {"use_default_specs": False, "layer_specs": SPECS}
     config = runs.config(world, stage, tensor_parallel={"autotp_size": tp, "partition_config": plan}, **extra)
@@ -186,3 +186,4 @@ def test_slices_are_the_oracles(world: Any, stage: int) -> None:
     for tp in (n for n in (2, 3, 4) if world.size % n == 0):
         for width in (2 * tp, 2 * tp + 1):
             check(world, stage, tp, width)
+    runs.forget_groups()
