@@ -95,7 +95,7 @@ class Clipper:
         self._once = Once()
         self._told_idle = False  # that nothing has a gradient
         self._cover(parameters, unit_rules(parameters, config, checked=checked))
-        if checked and set(self.rules) == {None}:
+        if checked and set(self.rules) == {None} and not all(p.left_alone for p in parameters):
             warnings.warn(
                 f"exclude={config.exclude!r} leaves out every parameter, so AGC clips nothing.",
                 UserWarning,

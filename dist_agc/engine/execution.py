@@ -55,8 +55,8 @@ class Execution:
     ) -> None:
         self.config, self._once = config, once or Once()
         pairs = list(zip(parameters, rules, strict=True))
-        unread = {p.name: str(p.error) for p, rule in pairs if rule is None and isinstance(p, Unknown)}
-        self._tell_unread(unread)
+        unread = {p.name: p for p, rule in pairs if rule is None and isinstance(p, Unknown)}
+        self._tell_unread({name: str(p.error) for name, p in unread.items() if not p.left_alone})
         pairs = [(p, rule) for p, rule in pairs if p.name not in unread]
         self.plan = Plan([p for p, _ in pairs], [rule for _, rule in pairs])
         self._reuse = Reuse(config.weight_norm_interval)

@@ -47,13 +47,15 @@ ALONE = Axis((0,), 0)
 class FlatInterval(Parameter):
     """This rank's interval of one parameter, inside the tensor that an optimizer steps on.
 
-    ``axis`` and ``across``: see `interval`. ``sliced``: the shape of this rank's slice; None: it is the parameter.
+    ``axis``, ``across`` and ``aligned``: see `interval`. ``sliced``: the shape of this rank's slice; None: it is the
+    parameter.
     """
 
     span: Span
     axis: Axis = ALONE
     across: tuple[tuple[Axis, int], ...] = ()
     sliced: tuple[int, ...] | None = None
+    aligned: bool = True
 
     framework: ClassVar[str] = "flat shard"
     copied: ClassVar[bool] = False
@@ -72,7 +74,9 @@ class FlatInterval(Parameter):
             block = Block((span.numel,), (0,), (), 0, span.offset, span.numel)
             return Pieces((block,), (), tuple(axis for axis in axes if axis.size > 1))
         rule = self.flattened(rule)
-        return interval(rule, span.start, span.stop, span.offset, span.bounds, self.axis, self.across)
+        return interval(
+            rule, span.start, span.stop, span.offset, span.bounds, self.axis, self.across, aligned=self.aligned
+        )
 
     def flattened(self, rule: UnitRule) -> UnitRule:
         """The rule of the tensor that was flattened, with its dims in the order of its memory."""

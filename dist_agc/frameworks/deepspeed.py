@@ -14,22 +14,25 @@ from __future__ import annotations
 import itertools
 import logging
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..config import AGCConfig, block_of, merged
 from ..model.blocks import Axis
-from ..model.names import Entry, entries
-from ..model.parameter import Parameter, Unknown
+from ..model.names import Entry, entries, first_of
+from ..model.parameter import LeftAlone, Parameter, Unknown
+from . import autotp
 from ._flat import ALONE, FlatInterval, Span
 from .base import Attachment, Framework, group_axis, is_a, read
 
-SUPPORTED = "DeepSpeed 0.19 (tested with 0.19.8)"
+SUPPORTED = "DeepSpeed 0.16 to 0.19 (tested with 0.19.8)"
 BLOCK = "adaptive_gradient_clipping"
 
 _EXPERT = re.compile(r"(.*?deepspeed_experts\.)(\d+)(?=\.)")  # the name of a list of experts, and the place in it
@@ -102,19 +105,25 @@ class _Engine(Attachment):
     def attached(self, hook: Any) -> None:
         """DeepSpeed's own default of 1.0 must not silently stack on AGC; what the user asked for stays."""
         keep = "gradient_clipping" in self.engine.config if self.norm_clipping is None else self.norm_clipping
+        muon = [p.name for p in self.parameters if p.left_alone]
         if keep:
+            steps = ", and shortens the steps of Muon" if muon else ""
             text = (
                 f"gradient_clipping = {self._norm_clip} is kept, and clips the norm of all gradients before AGC sees "
-                'them; "gradient_clipping": 0.0 leaves the clipping to AGC.'
+                f'them{steps}; "gradient_clipping": 0.0 leaves the clipping to AGC.'
             )
         else:
             set_norm_clip(self.engine, 0.0)
             text = f"gradient_clipping is 0.0 instead of DeepSpeed's default {self._norm_clip}: AGC clips."
         if self.norm_clipping is None and self._norm_clip > 0:
-            import deepspeed
-
-            # A warning, since DeepSpeed's logger shows nothing below one unless it is told to.
-            deepspeed.utils.log_dist(f"dist_agc: {text}", ranks=[0], level=logging.WARNING)  # pyright: ignore[reportCallIssue]
+            _say(text)
+        if muon:
+            others = any(p.trains and not p.left_alone for p in self.parameters)
+            _say(
+                f"the {len(muon)} parameters of Muon are left alone ({first_of(muon, 3)}): it orthogonalises their "
+                "gradients, whose lengths count for nothing then. "
+                + ("AGC clips all others, and grad_norm is of these alone." if others else "AGC clips nothing here.")
+            )
         self.engine.load_checkpoint = self._load_checkpoint
         self.engine.agc = hook
 
@@ -179,10 +188,13 @@ def parameters(engine: Any) -> list[Parameter]:
     if reason := _refused(engine):
         raise ValueError(f"AGC cannot be attached to this DeepSpeed engine: {reason}.")
     names, way = _Names(engine), _WAYS.get(type(engine.optimizer).__name__, _plain)
-    found = []
-    for held in way(engine.optimizer):
-        problem, spread = _unclippable(engine, held), _spread(names, held)
-        found += spread if problem is None else (Unknown.instead_of(p, problem) for p in spread)
+    every, found = list(way(engine.optimizer)), []
+    slices = _slices(engine, [parameter for parameter, *_ in every])
+    for held in every:
+        spread: Iterable[Parameter] = _spread(names, held) if slices is None else _sliced(names, held, *slices)
+        if _of_muon(engine, held):
+            spread = (LeftAlone.instead_of(p, "is stepped by Muon") for p in spread)
+        found += spread
     # Frozen parameters are in no optimizer; they are listed so that patterns may name them.
     return found + [Partition.of(entry, _shape(entry.tensor), span=Span()) for entry in names.left.values()]
 
@@ -206,6 +218,13 @@ def set_norm_clip(engine: Any, value: float) -> None:
     _read(engine, "_config").gradient_clipping = value
     if hasattr(engine.optimizer, "clip_grad"):
         engine.optimizer.clip_grad = value
+
+
+def _say(text: str) -> None:
+    """On the first rank; a warning, since DeepSpeed's logger shows nothing below one unless it is told to."""
+    import deepspeed
+
+    deepspeed.utils.log_dist(f"dist_agc: {text}", ranks=[0], level=logging.WARNING)  # pyright: ignore[reportCallIssue]
 
 
 def _read(owner: Any, attribute: str) -> Any:
@@ -237,34 +256,54 @@ def _refused(engine: Any) -> str | None:
         return (
             "the legacy fused fp16 step hands gradients past the parameters: set the optimizer's legacy_fusion to false"
         )
-    if getattr(optimizer, "torch_autocast_gradscaler", None) is not None:
+    if getattr(optimizer, "torch_autocast_gradscaler", None) is not None and not _norm_decides(optimizer):
         return (
-            "the GradScaler of torch_autocast in float16 lets each rank decide by itself whether to step, so that one "
-            "would wait for another: use bfloat16, or DeepSpeed's own fp16"
+            "each rank lets the GradScaler of torch_autocast in float16 decide by itself whether to step, so that one "
+            "would wait for another: leave zero_optimization.compute_grad_norm on (DeepSpeed 0.19.8, whose ranks skip "
+            "together then), or use bfloat16, or DeepSpeed's own fp16"
         )
-    mpu, sliced = engine.mpu, getattr(engine, "autotp_size", int)
+    spread = getattr(engine, "autotp_size", int)() > 1 or any(
+        not getattr(p, "allreduce", True) for p in engine.module.parameters()
+    )
+    if spread and getattr(engine, "torch_autocast_z0_gradscaler", None) is not None:
+        return (
+            "the GradScaler of torch_autocast in float16 is each rank's own without ZeRO, and ranks that hold "
+            "different parameters (AutoTP, experts) would not skip a step together: use ZeRO, or bfloat16"
+        )
+    mpu = None if getattr(engine, "autotp_size", int)() > 1 else engine.mpu
     if mpu is not None and not hasattr(mpu, "initialize_sequence_parallel"):
         # In the grid of a pipeline the stages are model-parallel too.
-        sliced = getattr(mpu, "get_slice_parallel_world_size", mpu.get_model_parallel_world_size)
-    if sliced() > 1:
-        return "tensor parallelism under DeepSpeed is not supported: its shards do not say how they cut a row"
+        slices = getattr(mpu, "get_slice_parallel_world_size", mpu.get_model_parallel_world_size)()
+    else:
+        slices = 1
+    if slices > 1:
+        return "the tensor parallelism of an mpu of your own does not say how it cuts a row: use DeepSpeed's AutoTP"
     return None
 
 
-def _unclippable(engine: Any, held: _Held) -> str | None:
-    """Why this one parameter cannot be clipped, to go on after its name; all others can, where it is excluded."""
+def _norm_decides(optimizer: Any) -> bool:
+    """Whether ZeRO skips a step by the norm of all gradients, the same on every rank, before a GradScaler looks at its
+    own. Where that norm is finite, so are all gradients."""
+    if not hasattr(sys.modules[type(optimizer).__module__], "is_invalid_grad_norm"):
+        return False  # an older version
+    if type(optimizer).__name__ == "DeepSpeedZeroOptimizer_Stage3":
+        return True
+    checked = _read(optimizer, "dtype") != torch.bfloat16 or _read(optimizer, "check_grad_overflow")
+    return _read(optimizer, "compute_grad_norm") and checked
+
+
+def _of_muon(engine: Any, held: _Held) -> bool:
+    """Whether Muon steps this parameter, so that the base optimizer gets an orthogonalised update for a gradient.
+
+    Without ZeRO it makes that in its step, out of the gradient, whose length it drops.
+    """
     parameter, tensor, *_ = held
     base = getattr(engine.optimizer, "optimizer", engine.optimizer)
-    of_muon = [group for group in base.param_groups if group.get("use_muon", False)]
+    groups = [group for group in base.param_groups if group.get("use_muon", False)]
     # ZeRO 3 puts what a group steps on into it in the step alone.
-    if of_muon and (getattr(parameter, "use_muon", False) or any(tensor is p for g in of_muon for p in g["params"])):
-        return (
-            "is in a group of Muon, which hands the base optimizer an orthogonalised update in the place of the "
-            "gradient. Exclude all parameters of Muon; those of Adam are clipped then"
-        )
-    if getattr(parameter, "ds_zero_placement_family", None) == "autoep_expert":
-        return "is an AutoEP expert under ZeRO 3, which is not supported: use ZeRO 1 or 2, or exclude it"
-    return None
+    return bool(groups) and (
+        getattr(parameter, "use_muon", False) or any(tensor is p for group in groups for p in group["params"])
+    )
 
 
 class _Names:
@@ -325,7 +364,51 @@ def _spread(names: _Names, held: _Held) -> Iterator[Parameter]:
     experts = group_axis(_read(groups, "_get_expert_parallel_group")(_read(parameter, "group_name")))
     for rank in range(experts.size):
         here = span if rank == experts.rank else Span(bounds=span.bounds)
-        yield Partition.of(names.expert(entry, rank), shape, tensor=tensor, span=here, axis=axis or experts)
+        known = names.expert(entry, rank) if experts.size > 1 else entry
+        yield Partition.of(known, shape, tensor=tensor, span=here, axis=axis or experts)
+
+
+# The tensor-parallel ranks, and by ``id`` what this one holds of a parameter, or why that cannot be told.
+_Slices = tuple[Axis, Mapping[int, autotp.Slice | str]]
+
+
+def _slices(engine: Any, parameters: Sequence[Tensor]) -> _Slices | None:
+    """None where AutoTP cuts nothing."""
+    if getattr(engine, "autotp_size", int)() < 2:
+        return None
+    from deepspeed.utils import groups
+
+    axis = group_axis(_read(groups, "get_tensor_model_parallel_group")())
+    return axis, {id(p): autotp.slice_of(p, _shape(p), axis.rank) for p in parameters}
+
+
+def _sliced(names: _Names, held: _Held, over: Axis, slices: Mapping[int, autotp.Slice | str]) -> Iterator[Parameter]:
+    """`_spread` under AutoTP."""
+    parameter, tensor, span, axis = held
+    entry, part = names.take(parameter), slices[id(parameter)]
+    if not getattr(parameter, "allreduce", True):
+        part = "is an expert under AutoTP, which dist_agc does not know. Exclude it"
+    # Where a rank has less of one parameter, all that lies behind it in the flat tensor is cut elsewhere.
+    aligned = all(not isinstance(one, str) and one.even for one in slices.values())
+    if isinstance(part, str):
+        yield Unknown.of(entry, _shape(parameter), tensor=tensor, problem=part)
+    elif part.dim is not None:
+        yield autotp.Sliced.of(
+            entry,
+            part.shape,
+            tensor=tensor,
+            span=span or Span(0, tensor.numel()),
+            axis=axis or ALONE,
+            across=((over, part.dim),),
+            sliced=part.sliced,
+            slice=part,
+            aligned=aligned,
+        )
+    elif span is None:
+        yield _Whole.of(entry, part.shape, tensor=tensor, copies=(over,))
+    else:
+        where: dict[str, Any] = {"span": span, "axis": axis or ALONE, "copies": (over,), "aligned": aligned}
+        yield Partition.of(entry, part.shape, tensor=tensor, **where)
 
 
 def _partitions(groups: str, flats: str, optimizer: Any) -> Iterator[_Held]:
@@ -341,13 +424,15 @@ def _partitions(groups: str, flats: str, optimizer: Any) -> Iterator[_Held]:
 
 
 def _stage_3(optimizer: Any) -> Iterator[_Held]:
-    flats = _read(optimizer, "fp32_partitioned_groups_flat")
+    every, flats = group_axis(_read(optimizer, "dp_process_group")), _read(optimizer, "fp32_partitioned_groups_flat")
     for group, flat in zip(_read(optimizer, "fp16_groups"), flats, strict=True):
         base = 0
         for parameter in group:
             axis = group_axis(_read(parameter, "ds_process_group"))
             size = _read(parameter, "partition_numel")()
-            yield parameter, flat, Span.cut(_read(parameter, "ds_numel"), 0, size, axis.rank, base), axis
+            span = Span.cut(_read(parameter, "ds_numel"), 0, size, axis.rank, base)
+            # An expert is cut over the ranks that hold it, and known to all (see `_spread`).
+            yield parameter, flat, span, axis if getattr(parameter, "allreduce", True) else every
             base += size
 
 

@@ -193,7 +193,15 @@ def _lines(start: int, stop: int, length: int) -> Iterable[tuple[int, int, int, 
 
 
 def interval(
-    rule: UnitRule, start: int, stop: int, offset: int, bounds: range, axis: Axis, across: Along = ()
+    rule: UnitRule,
+    start: int,
+    stop: int,
+    offset: int,
+    bounds: range,
+    axis: Axis,
+    across: Along = (),
+    *,
+    aligned: bool = True,
 ) -> Pieces:
     """Blocks of the elements [start, stop) of a flattened tensor, as FSDP1 and ZeRO hold them.
 
@@ -206,6 +214,8 @@ def interval(
         axis: the ranks that hold the other intervals.
         across: the axes along which the parameter was sliced before it was flattened, as tensor parallelism does. Their
             ranks hold the same interval of their own slices.
+        aligned: False: they may hold other intervals, and slices of other sizes. What is cut along which axis does not
+            depend on the borders then, since every rank has to come to the same collectives.
 
     Example:
         >>> rows = UnitRule((4, 10), (0,))
@@ -225,8 +235,13 @@ def interval(
     # one rank holds of one unit meet in one slot.
     length, count = (inner, 1) if outer == 1 else (outer * units * inner, units)
     held = _run(start // length * count, -(-stop // length) * count) if stop > start else _run(0, 0)
-    cuts = [Cut(a, held) for a, dim in across if dim not in rule.kept and a.size > 1]
-    if axis.size > 1 and len(runs := _cut_runs(bounds, math.prod(rule.shape), length, count)):
+    spread = [a for a, dim in across if dim not in rule.kept and a.size > 1]
+    if spread and not aligned:
+        # Any two ranks may hold pieces of any unit: all of them have a slot along either axis.
+        held = _run(0, math.prod(rule.shape[d] for d in rule.kept))
+    cuts = [Cut(a, held) for a in spread]
+    runs = held if spread and not aligned else _cut_runs(bounds, math.prod(rule.shape), length, count)
+    if axis.size > 1 and (len(runs) or not aligned):
         cuts.append(Cut(axis, runs))
     apart = [*(a for a, dim in across if dim in rule.kept), axis]
     return Pieces(tuple(blocks), tuple(cuts), tuple(a for a in apart if a.size > 1))

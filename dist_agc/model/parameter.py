@@ -47,6 +47,7 @@ class Parameter:
     counted_elsewhere: bool = False
 
     framework: ClassVar[str] = "whole on every rank (plain or DDP)"
+    left_alone: ClassVar[bool] = False  # whether AGC governs it in no case, whatever the settings say
 
     @classmethod
     def of(cls: type[P], entry: Entry, shape: Sequence[int] | None = None, **fields: Any) -> P:
@@ -163,6 +164,13 @@ class Unknown(Parameter):
         if rule is None:
             return Pieces(())
         raise self.error
+
+
+class LeftAlone(Unknown):
+    """One that no clipping of gradients is meant for, as its framework has said. Nothing reads its gradient."""
+
+    framework: ClassVar[str] = "that AGC leaves alone"
+    left_alone: ClassVar[bool] = True
 
 
 def all_zero(parameters: Sequence[Parameter]) -> list[Parameter]:

@@ -110,7 +110,7 @@ class UnitRule:
 
 
 def unit_rules(parameters: Sequence[Parameter], config: AGCConfig, *, checked: bool = True) -> list[UnitRule | None]:
-    """One rule per parameter, in order; None where ``config.exclude`` leaves the parameter alone.
+    """One rule per parameter, in order; None where ``config.exclude`` or its framework leaves the parameter alone.
 
     Raises ValueError where a pattern matches nothing (if ``checked``), or an override does not fit a parameter's shape.
     """
@@ -125,4 +125,5 @@ def unit_rules(parameters: Sequence[Parameter], config: AGCConfig, *, checked: b
                 said = f"parameter {parameters[i].name!r}: units[{pattern!r}]"
                 rules[i] = rules[i].overridden(dims, said).because(f"units[{pattern!r}]")
     excluded = {i for pattern in config.exclude for i in matching(pattern, names, "exclude", checked=checked)}
+    excluded.update(i for i, p in enumerate(parameters) if p.left_alone)
     return [None if i in excluded else rule for i, rule in enumerate(rules)]

@@ -39,8 +39,14 @@ def prepare() -> None:
         for name, value in vars(deepspeed_groups).items():
             if name.isupper() and name.startswith("_"):
                 setattr(deepspeed_groups, name, {} if isinstance(value, dict) else None)
+        deepspeed_groups.mesh_device = deepspeed_groups.mpu = None
         _state["group"] = dist.group.WORLD
     deepspeed.init_distributed("gloo", verbose=False)
+
+
+def forget_groups() -> None:
+    """Before and after an engine whose ranks share parameters otherwise than those of others do."""
+    _state["group"] = None
 
 
 def config(world: Any, stage: int, *, accumulation: int = 1, **extra: Any) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import logging
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,7 +12,6 @@ import deepspeed_runs as runs  # noqa: E402
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
-import dist_agc  # noqa: E402
 import helpers  # noqa: E402
 import oracle  # noqa: E402
 from dist_agc.integrations import deepspeed as integration  # noqa: E402
@@ -42,47 +42,88 @@ def step(engine: Any) -> None:
     engine.step()
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_muon_keeps_its_updates_and_the_parameters_of_adam_are_clipped(world: Any, stage: int) -> None:
-    """By the marks that DeepSpeed's Muon makes: its own optimizer compiles for seconds."""
-    engine = engine_of(world, stage, groups=True)
-    runs.inner(engine)[0].param_groups[0]["use_muon"] = True
-    for p in engine.module.parameters():
-        p.use_muon = len(getattr(p, "ds_shape", p.shape)) > 1
-    with pytest.raises(ValueError, match="'0.weight' is in a group of Muon.*Exclude all parameters of Muon"):
-        dist_agc.attach(engine, clipping_threshold=THRESHOLD)
-    hook = dist_agc.attach(engine, clipping_threshold=THRESHOLD, exclude=("0.weight", "2.weight"))
-    watch = runs.Watch(runs.inner(engine))
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        step(engine)
-        step(engine)
-    watch.remove()
-    texts = [str(w.message) for w in said if "grad_norm is without" in str(w.message)]
-    assert len(texts) == 1 and "'0.weight', '2.weight'" in texts[0]
-    *_, of_muon, of_adam = watch.take()  # one call a group
-    assert float(of_muon.raw[0].norm()) > 0 and torch.equal(of_muon.raw[0], of_muon.clipped[0])
+@pytest.fixture
+def eager(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """DeepSpeed compiles Muon's update, and an Adam in C++ for what Muon does not train."""
+    monkeypatch.delattr("deepspeed.ops.adam.FusedAdam")
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def muon_engine(world: Any, stage: int, **extra: Any) -> Any:
+    runs.prepare()
+    zero = {"reduce_scatter": False} if stage == 3 else {}  # Muon asks for it
+    optimizer = {"type": "Muon", "params": {"lr": 0.02, "weight_decay": 0.0}}
+    settings = runs.config(world, stage, zero=zero, optimizer=optimizer, **extra)
+    return integration.initialize(model=small(), config=settings)[0]
+
+
+def weights_of(engine: Any) -> dict[str, torch.Tensor]:
+    return dict(zip((n for n, _ in small().named_parameters()), runs.full_weights(engine), strict=True))
+
+
+def of_adam(world: Any, stage: int, calls: list[runs.Call], what: str) -> dict[str, torch.Tensor]:
     order = [[(name, tuple(p.shape)) for name, p in small().named_parameters() if p.ndim == 1]]
-    adam = of_adam.weights, of_adam.raw, of_adam.clipped
-    weights, raw, clipped = (runs.together(world, flats, order, "each" if stage == 3 else "laid") for flats in adam)
-    expected = oracle.clip(weights, raw, oracle.unit_rules(small()), THRESHOLD)
-    helpers.assert_some_clipped(expected)
-    assert helpers.worst_relative_error(clipped, expected.grads) < 1e-5
-    helpers.assert_stats(hook.stats, expected, tolerance=1e-5)
-    engine.destroy()
+    flats = getattr(calls[-1], what)  # ZeRO: one call a group
+    return runs.together(world, flats[2:] if stage == 0 else flats, order, runs.kind_of(stage))
 
 
-def test_experts_of_autoep_under_zero_3(world: Any) -> None:
-    engine = engine_of(world, 3)
-    engine.module[0].weight.ds_zero_placement_family = "autoep_expert"
-    with pytest.raises(ValueError, match="'0.weight' is an AutoEP expert under ZeRO 3.*exclude it"):
-        dist_agc.attach(engine, clipping_threshold=THRESHOLD)
-    hook = dist_agc.attach(engine, clipping_threshold=THRESHOLD, exclude="0.weight")
-    step(engine)
-    assert 0 < int(hook.stats.clipped_units) and set(hook.stats.per_parameter) == {
-        name for name, _ in small().named_parameters() if name != "0.weight"
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_muons_steps_are_as_long_as_without_clipping_and_adams_gradients_are_clipped(
+    world: Any, stage: int, eager: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """DeepSpeed #8439: the default gradient_clipping of 1.0 divides each of Muon's steps by the norm of its update."""
+    before = {name: p.detach() for name, p in small().named_parameters()}
+    moved: dict[str, dict[str, torch.Tensor]] = {}  # weights after one step
+    matrices = ["0.weight", "2.weight"]
+    logger = logging.getLogger("DeepSpeed")
+    ways: dict[str, dict[str, Any]] = {
+        "off": {"gradient_clipping": 0.0},
+        "default": {},
+        "agc": {integration.BLOCK: {"clipping_threshold": THRESHOLD}},
     }
-    engine.destroy()
+    if stage != 1:
+        del ways["default"]
+    for said, extra in ways.items():
+        logger.addHandler(caplog.handler)
+        logger.setLevel(logging.WARNING)
+        try:
+            engine = muon_engine(world, stage, **extra)
+        finally:
+            logger.removeHandler(caplog.handler)
+            logger.setLevel(logging.ERROR)
+        if engine.agc is None:
+            step(engine)
+        else:
+            watch = runs.Watch(runs.inner(engine))
+            with warnings.catch_warnings(record=True) as warned:
+                warnings.simplefilter("always")
+                for i in range(3):
+                    step(engine)
+                    calls = watch.take()
+                    if i == 0:
+                        first = weights_of(engine)
+                    raw, clipped = (of_adam(world, stage, calls, what) for what in ("raw", "clipped"))
+                    held = of_adam(world, stage, calls, "weights")
+                    expected = oracle.clip(held, raw, oracle.unit_rules(small()), THRESHOLD)
+                    helpers.assert_some_clipped(expected)
+                    assert helpers.worst_relative_error(clipped, expected.grads) < 1e-5
+                    helpers.assert_stats(engine.agc.stats, expected, tolerance=1e-5)
+                    helpers.assert_equal_everywhere(world, engine.agc.stats)
+            watch.remove()
+            assert not [w for w in warned if "grad_norm" in str(w.message)]
+        moved[said] = first if engine.agc is not None else weights_of(engine)
+        engine.destroy()
+    for name in matrices:
+        world.check(torch.equal(moved["agc"][name], moved["off"][name]), f"{name} is not where Muon alone brings it")
+        assert not torch.equal(moved["agc"][name], before[name])
+    told = [r.getMessage() for r in caplog.records if "parameters of Muon" in r.getMessage()]
+    world.check(len(told) == (world.rank == 0), f"told: {told}")
+    assert not told or "the 2 parameters of Muon are left alone (0.weight, 2.weight)" in told[0]
+    if "default" in moved:
+        lengths = {said: [float((w[name] - before[name]).norm()) for name in matrices] for said, w in moved.items()}
+        shorter = [off / default for off, default in zip(lengths["off"], lengths["default"], strict=True)]
+        assert min(shorter) > 2 and max(shorter) < 1.001 * min(shorter)
 
 
 def test_a_config_without_the_block_says_in_one_line_that_agc_is_off(

@@ -1,5 +1,6 @@
 """DeepSpeed's other ways: fp16 with a loss scale, CPU Adam, NVMe, experts; and those that AGC refuses."""
 
+import functools
 import os
 import re
 import shutil
@@ -14,6 +15,7 @@ import deepspeed  # noqa: E402
 import deepspeed_runs as runs  # noqa: E402
 import torch  # noqa: E402
 from deepspeed.accelerator import get_accelerator  # noqa: E402
+from deepspeed.utils import safe_get_full_fp32_param  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.utils.cpp_extension import _get_build_directory  # noqa: E402
 
@@ -80,6 +82,31 @@ def test_an_overflowed_step_is_skipped_and_never_clipped(world, stage, fp16):
     stats: Any = engine.agc.stats
     assert skipped and int(stats.clipped_units) > 0 and int(stats.nonfinite_units) == 0
     engine.destroy()
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_torch_autocast_in_float16_skips_on_all_ranks_together(world, stage, monkeypatch):
+    """The scale of its GradScaler is taken off before AGC sees a gradient. One rank alone has an overflow."""
+    from deepspeed.runtime import torch_autocast
+
+    monkeypatch.setattr(torch_autocast, "TORCH_AUTOCAST_INITIALIZED", False)  # DeepSpeed never takes it back
+    scaler = functools.partial(torch.amp.GradScaler, init_scale=1024.0)
+    monkeypatch.setattr("torch.amp.GradScaler", lambda device: scaler(device))
+    settings = runs.config(world, stage, torch_autocast={"enabled": True, "dtype": "float16"})
+    done = runs.parity(world, settings, twin_tolerance=None, tolerance=2e-5)
+    assert done.expected.grad_norm == pytest.approx(done.reference.grad_norm, rel=0.05)  # not 1024 times that
+    trained = [p for p in done.engine.module.parameters() if p.requires_grad]
+    every = lambda: [(p, safe_get_full_fp32_param(p)) for p in trained]  # noqa: E731
+    held = lambda: [(p if full is None else full).detach().clone() for p, full in every()]  # noqa: E731
+    steps, before = done.engine.agc.steps, held()
+    tokens, classes = models.batch(3, rank=world.rank, size=world.size)
+    bad = float("inf") if world.rank == 1 else 1.0
+    done.engine.backward(models.loss(done.engine, tokens, classes) * bad)
+    done.engine.step()
+    assert done.engine.agc.steps == steps
+    same = [torch.equal(a, b) for a, b in zip(before, held(), strict=True)]
+    world.check(all(same), "an overflowed step was taken")
+    done.engine.destroy()
 
 
 def compiled(world, name):
@@ -242,19 +269,19 @@ def test_ways_of_stepping_that_agc_cannot_reach_are_refused(world):
     true: Any = engine.optimizer
     for change, says in [
         (lambda: setattr(true, "zenflow", True), "ZenFlow"),
-        (lambda: setattr(true, "torch_autocast_gradscaler", object()), "GradScaler"),
+        (lambda: vars(true).update(torch_autocast_gradscaler=object(), compute_grad_norm=False), "GradScaler"),
+        (lambda: vars(engine).update(torch_autocast_z0_gradscaler=object(), autotp_size=lambda: 2), "each rank's own"),
         (lambda: setattr(true, "optimizer", NoHooks([])), "takes no step hooks"),
-        (lambda: true.optimizer.param_groups[0].update(use_muon=True), "Muon"),
-        (lambda: setattr(engine, "mpu", _Tensor()), "tensor parallelism"),
+        (lambda: setattr(engine, "mpu", _Tensor()), "mpu of your own"),
         (lambda: setattr(engine, "optimizer", None), "no optimizer"),
     ]:
-        kept = dict(vars(true)), engine.mpu, engine.optimizer, dict(true.optimizer.param_groups[0])
+        kept = {thing: dict(vars(thing)) for thing in (true, engine)}
         change()
         with pytest.raises(ValueError, match=says):
             dist_agc.attach(engine)
-        engine.mpu, engine.optimizer = kept[1], kept[2]
-        vars(true).update(kept[0])
-        true.optimizer.param_groups[0].pop("use_muon", None)
+        for thing, attributes in kept.items():
+            vars(thing).clear()
+            vars(thing).update(attributes)
     true.__class__ = type("SomethingNew", (type(true),), {})
     with pytest.raises(ValueError, match="SomethingNew is not a way of stepping that dist_agc knows.*0.19"):
         dist_agc.attach(engine)
