@@ -3,9 +3,10 @@
 The method is that of Brock et al. 2021, arXiv 2102.06171.
 """
 
-from .attach import AGCHook, attach
+from .attach import attach
 from .clipper import Clipper, apply_agc
 from .config import AGCConfig
+from .hook import AGCHook
 from .model.kinds import register_units
 from .model.names import last_linear
 from .observe import Ratios, UnitRow, ratios, units

@@ -22,10 +22,10 @@ PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 # Lower first: a module imports from its own floor and the ones below it. "dist_agc" is the package's __init__.
 FLOORS = [
     *("config", "stats", "rules", "model", "engine", "frameworks", "clipper", "observe", "held", "steps"),
-    *("in_backward", "attach", "dist_agc", "integrations", "conformance", "lab", "cli"),
+    *("in_backward", "hook", "attach", "dist_agc", "integrations", "conformance", "lab", "cli"),
 ]
 # Where there are no frameworks: each of these has one file that knows it, in frameworks/.
-CORE = ("attach", "clipper", "config", "held", "stats", "steps", "model", "engine", "rules")
+CORE = ("attach", "clipper", "config", "held", "hook", "stats", "steps", "model", "engine", "rules")
 CLASSES = re.compile(
     r"\b(FSDP\w*|FullySharded\w*|\w*DTensor\w*|DistributedDataParallel|DeepSpeed\w+|PipelineEngine|DummyOptim"
     r"|Megatron\w*|Float16\w+|ChainedOptimizer|\w*Fabric\w*|Accelerated\w*|(BF|FP)16_\w+|Lightning\w+|DeviceMesh|Replicate|Shard)\b"

@@ -210,7 +210,7 @@ def agreed_threshold(found: Sequence[float | None]) -> float | None:
 
 def _check(case: Case, made: _Prepared) -> Row:
     subject, config, expected = made.subject, made.config, made.expected
-    shares = subject.has_shares()
+    more = subject.sends_more()
     stats = subject.clip(config)
     error = reference.worst_error(subject.clipped(), expected.grads)
     sent, axes = subject.sent(config)
@@ -222,7 +222,7 @@ def _check(case: Case, made: _Prepared) -> Row:
         ("grad_norm", float(stats.grad_norm), expected.grad_norm, near),
         ("max_ratio", float(stats.max_ratio), expected.max_ratio, near),
     ]
-    if not shares:
+    if not more:
         found.append(("collectives", sent.collectives, len(axes), 0))
         found.append(("numbers sent", sent.elements, sum(axis.numel() for axis in axes), 0))
     wrong = [f"{what}: {a:.10g}, expected {b:.10g}" for what, a, b, off in found if not abs(a - b) <= off * abs(b)]

@@ -20,6 +20,7 @@ from . import sharding
 from .losses import Loss
 from .ranks import NotSetUp
 from .sharding import Units
+from .stages import Stages, StagesOfDeepSpeed
 from .subjects import Subject, ZeroSubject, is_engine
 
 
@@ -28,7 +29,8 @@ class Case:
     """One layout.
 
     Args:
-        shard: spreads a fresh module over the ranks, given the modules that FSDP shall gather by themselves.
+        shard: spreads a fresh module over the ranks, given the modules that FSDP shall gather by themselves; or makes a
+            `Subject` of it.
         least, most: ranks that it needs, in a ``multiple`` of some number.
         same_batch: so many neighbouring ranks hold one copy together, and take the same share of the suite's own batch;
             0: all of them. A user's loss knows its own share.
@@ -36,7 +38,7 @@ class Case:
     """
 
     name: str
-    shard: Callable[[nn.Module, Units], nn.Module]
+    shard: Callable[[nn.Module, Units], nn.Module | Subject]
     least: int = 1
     multiple: int = 1
     most: float = math.inf
@@ -57,6 +59,9 @@ class Case:
         sharded = self.shard(model, sharding.layers(model))
         if loss is odd_loss:
             loss = partial(odd_loss, share=dist.get_rank() // self.same_batch if self.same_batch else 0)
+        if isinstance(sharded, Subject):
+            sharded.loss, sharded.averages = loss, self.averages
+            return sharded
         return ZeroSubject(sharded, loss) if is_engine(sharded) else Subject(sharded, loss, self.averages)
 
 
@@ -77,6 +82,13 @@ class Experts(nn.Module):
 register_units(Experts, {"inward": (0, 1), "outward": (0, 2), "shift": 0})
 
 
+class Dead(nn.Linear):
+    """Has no part in what comes out."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input
+
+
 class Odd(nn.Module):
     """Sizes that no number of ranks divides: uneven, empty and cut shards, a grouped ConvTranspose, a dead layer."""
 
@@ -92,12 +104,19 @@ class Odd(nn.Module):
         self.thin = nn.Linear(5, 2)
         self.single = nn.Linear(2, 1)
         self.head = nn.Linear(1, 9)
-        self.dead = nn.Linear(3, 5)
+        self.dead = Dead(3, 5)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        x = self.embedding(tokens).transpose(1, 2).reshape(-1, 8, 4, 4)
-        x = self.norm(self.deconv(torch.tanh(self.conv(x))).flatten(2).mean(2))
-        return self.head(self.single(self.thin(self.down(torch.tanh(self.up(self.experts(x)))))))
+        x = tokens
+        for layer in self.layers():
+            x = layer(x)
+        return x
+
+    def layers(self) -> list[Callable[[Tensor], Tensor]]:
+        """What a forward pass runs, one after the other."""
+        enter = [self.embedding, lambda x: x.transpose(1, 2).reshape(-1, 8, 4, 4), self.conv, torch.tanh, self.deconv]
+        inner = [lambda x: x.flatten(2).mean(2), self.norm, self.experts, self.up, torch.tanh, self.down]
+        return [*enter, *inner, self.thin, self.dead, self.single, self.head]
 
 
 def odd_model() -> nn.Module:
@@ -107,11 +126,15 @@ def odd_model() -> nn.Module:
         return Odd()
 
 
-def odd_loss(model: nn.Module, share: int = 0) -> Tensor:
-    """Of this share of a batch."""
+def odd_batch(share: int = 0) -> tuple[Tensor, Tensor]:
+    """This share of a batch: tokens (6, 16) and classes (6,)."""
     generator = torch.Generator().manual_seed(100 + share)
     tokens = torch.randint(11, (6, 16), generator=generator).to(sharding.device())
-    classes = torch.randint(9, (6,), generator=generator).to(sharding.device())
+    return tokens, torch.randint(9, (6,), generator=generator).to(sharding.device())
+
+
+def odd_loss(model: nn.Module, share: int = 0) -> Tensor:
+    tokens, classes = odd_batch(share)
     return nn.functional.cross_entropy(model(tokens), classes)
 
 
@@ -120,6 +143,14 @@ def _cut(model: nn.Module, mesh: DeviceMesh) -> None:
         raise NotSetUp("needs a plan for the model's layers: shard it in the factory and use --layout as-is")
     # Kept as DTensors between the two, because a plain tensor no longer says that its shards are uneven.
     parallelize_module(model, mesh, {"up": ColwiseParallel(use_local_output=False), "down": RowwiseParallel()})
+
+
+def _pipeline(model: nn.Module, units: Units) -> Any:
+    if not isinstance(model, Odd):
+        raise NotSetUp("needs the model as a list of layers, which dist_agc cannot make of it")
+    engine = sharding.pipeline(model.layers(), nn.functional.cross_entropy)
+    names = {id(p): name for name, p in model.named_parameters()}
+    return StagesOfDeepSpeed(engine, odd_batch(engine.grid.get_data_parallel_rank()), names)
 
 
 def _zero(model: nn.Module, units: Units, *, stage: int) -> Any:
@@ -148,6 +179,8 @@ CASES = [
     Case("tp", lambda model, units: sharding.tp(model, _cut), least=2, most=7, same_batch=0),
     Case("tp+fsdp2", partial(sharding.tp_fsdp2, cut=_cut), **_HALVES, same_batch=2),
     Case("hsdp+tp", partial(sharding.hsdp_tp, cut=_cut), least=8, multiple=4, same_batch=2),
+    Case("pipeline", lambda model, units: Stages(model), least=2, averages=True),
     *(Case(f"zero{stage}", partial(_zero, stage=stage)) for stage in range(4)),
+    Case("zero0 pipeline", _pipeline, least=2, multiple=2),
 ]
 AS_IS = Case("as-is", lambda made, units: made)

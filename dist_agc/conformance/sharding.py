@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import redirect_stdout
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
 from torch.optim import Optimizer
@@ -104,7 +106,37 @@ def hsdp_tp(model: nn.Module, units: Units, cut: Cut) -> nn.Module:
 
 
 def zero(model: nn.Module, stage: int, optimizer: Optimizer) -> Any:
-    """DeepSpeed's engine, in bf16 where the model is; it says nothing and compiles nothing before the first step."""
+    """DeepSpeed's engine, in bf16 where the model is."""
+    config = {
+        "train_micro_batch_size_per_gpu": 1,  # for its own bookkeeping: the caller cuts batches
+        "zero_optimization": {"stage": stage},
+        "bf16": {"enabled": any(p.dtype is torch.bfloat16 for p in model.parameters())},
+        "gradient_clipping": 0.0,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 2**31,
+    }
+    return _deepspeed().initialize(model=model, optimizer=optimizer, config=config)[0]
+
+
+def pipeline(layers: Sequence[Callable[..., Any]], loss: Callable[[Tensor, Tensor], Tensor]) -> Any:
+    """DeepSpeed's engine of a pipeline of two stages, which trains with a learning rate of 0."""
+    _deepspeed()
+    from deepspeed.pipe import PipelineModule
+
+    with redirect_stdout(io.StringIO()):  # it prints how it cuts the layers
+        module = PipelineModule(list(layers), num_stages=2, loss_fn=loss, partition_method="uniform")
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0.0,
+        "steps_per_print": 2**31,
+    }
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.0)
+    return _deepspeed().initialize(model=module, optimizer=optimizer, config=config)[0]
+
+
+def _deepspeed() -> Any:
+    """The package. It says nothing and compiles nothing before the first step."""
     rank, on_cpu = dist.get_rank(), device().type == "cpu"
     # DeepSpeed reads them even where the group exists, and mpirun sets none.
     for name, value in (("RANK", rank), ("WORLD_SIZE", dist.get_world_size()), ("LOCAL_RANK", rank)):
@@ -119,15 +151,7 @@ def zero(model: nn.Module, stage: int, optimizer: Optimizer) -> Any:
     if on_cpu:  # an optional collective that DeepSpeed would compile now, for minutes, and wait for without a timeout
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
-    config = {
-        "train_micro_batch_size_per_gpu": 1,  # for its own bookkeeping: the caller cuts batches
-        "zero_optimization": {"stage": stage},
-        "bf16": {"enabled": any(p.dtype is torch.bfloat16 for p in model.parameters())},
-        "gradient_clipping": 0.0,
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": 2**31,
-    }
-    return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+    return deepspeed
 
 
 def layers(model: nn.Module) -> list[nn.Module]:

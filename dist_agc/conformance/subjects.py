@@ -88,8 +88,8 @@ class Subject:
             tensor.detach().copy_(weight)
         return found
 
-    def has_shares(self) -> bool:
-        """Whether gradients come as shares of a sum, which clipping completes: that is sent beside what is planned."""
+    def sends_more(self) -> bool:
+        """Whether something is sent beside what is planned: gradients that come as shares of a sum are completed."""
         placements = [getattr(p.grad, "placements", ()) for p in self.model.parameters()]
         return any(placement.is_partial() for found in placements for placement in found)
 

@@ -72,7 +72,7 @@ class Stages:
             warnings.warn(
                 f"exclude={config.exclude!r} leaves out every parameter of every stage, so AGC clips nothing.",
                 UserWarning,
-                stacklevel=5,
+                stacklevel=6,
             )
 
     def complete(self, stats: ClipStats) -> ClipStats:

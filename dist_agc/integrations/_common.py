@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from ..attach import AGCHook
 from ..clipper import Clipper
 from ..config import AGCConfig
+from ..hook import AGCHook
 from ..model.parameter import Parameter
 from ..stats import ClipStats
 

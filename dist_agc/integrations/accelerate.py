@@ -12,10 +12,10 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from ..attach import AGCHook
 from ..attach import attach as _attach
 from ..config import AGCConfig
 from ..frameworks import Model, modules
+from ..hook import AGCHook
 from ._common import needed, warn_unsharded
 
 with needed("accelerate", "accelerate"):

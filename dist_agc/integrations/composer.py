@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..attach import AGCHook
 from ..clipper import Clipper
 from ..config import AGCConfig
+from ..hook import AGCHook
 from ._common import CallbackBase, needed
 from ._common import logger as log
 

@@ -14,8 +14,9 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from ..attach import AGCHook, attach
+from ..attach import attach
 from ..frameworks.deepspeed import BLOCK, read_block
+from ..hook import AGCHook
 from ._common import logger, needed
 
 

@@ -12,10 +12,11 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from ..attach import AGCHook, attach
+from ..attach import attach
 from ..clipper import Clipper
 from ..config import AGCConfig
 from ..frameworks import unwrapped
+from ..hook import AGCHook
 from ._common import CallbackBase, needed, warn_norm_clipping, warn_unsharded
 
 with needed("lightning", "lightning"):

@@ -9,7 +9,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..attach import AGCHook
 from ..clipper import Clipper
 from ..config import AGCConfig
 from ..conformance import sharding
@@ -17,6 +16,7 @@ from ..conformance.subjects import backward_without_forward
 from ..frameworks import deepspeed, parameters
 from ..frameworks.base import Attachment
 from ..frameworks.virtual import tensor_parallel_dim
+from ..hook import AGCHook
 from ..model.blocks import Block
 from ..model.names import entries
 from ..model.units import unit_rules
