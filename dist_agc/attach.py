@@ -26,7 +26,7 @@ from .model.parameter import all_zero
 
 def attach(
     model: Model | Any,
-    optimizer: Optimizer | Sequence[Optimizer] | None = None,
+    optimizer: Optimizer | Sequence[Optimizer] | Any = None,
     config: AGCConfig | None = None,
     *,
     during_backward: bool = False,
@@ -42,8 +42,9 @@ def attach(
 
     Args:
         model: a module (plain, DDP, FSDP1, FSDP2, tensor parallel), already sharded; a list of several; a list of
-            parameters; or a DeepSpeed engine, whose config says the rest.
-        optimizer: the optimizer of its parameters, or a list of several. Not for a DeepSpeed engine.
+            parameters; or a DeepSpeed engine, whose config says the rest; or Megatron's model chunks.
+        optimizer: the optimizer of its parameters, or a list of several. Not for a DeepSpeed engine. With Megatron's
+            model chunks, what ``get_megatron_optimizer`` returned.
         config: an `AGCConfig`; or give its fields as keywords, see ``options``.
         during_backward: clip each gradient as soon as it is final, so that your own post-accumulate-grad hook,
             registered later, can step and free it; for LOMO and the like too, which do so by themselves. For plain
@@ -53,7 +54,7 @@ def attach(
             rank's. Patterns then have to match on some stage, and statistics cover all: one small collective more a
             step, none with ``statistics=False``. All of its ranks must call `attach`, and step all of their
             optimizers in each step. Names that two ranks have begin with ``pipeline0.``, the place in the group, in
-            statistics. A DeepSpeed engine knows its stages.
+            statistics. A DeepSpeed engine and Megatron know their stages.
         options: the fields of `AGCConfig`, which says what each does: ``clipping_threshold``, ``eps``, ``exclude``,
             ``units``, ``on_nonfinite``, ``dry_run``, ``statistics``, ``weight_norm_interval``, ``compile``,
             ``cpu_kernel``.

@@ -28,7 +28,7 @@ FLOORS = [
 CORE = ("attach", "clipper", "config", "held", "hook", "stats", "steps", "model", "engine", "rules")
 CLASSES = re.compile(
     r"\b(FSDP\w*|FullySharded\w*|\w*DTensor\w*|DistributedDataParallel|DeepSpeed\w+|PipelineEngine|DummyOptim"
-    r"|\w*Fabric\w*|Accelerated\w*|(BF|FP)16_\w+|Lightning\w+|DeviceMesh|Replicate|Shard)\b"
+    r"|Megatron\w*|Float16\w+|ChainedOptimizer|\w*Fabric\w*|Accelerated\w*|(BF|FP)16_\w+|Lightning\w+|DeviceMesh|Replicate|Shard)\b"
 )
 
 
@@ -176,7 +176,14 @@ def test_the_classes_of_frameworks_are_known_by_name() -> None:
     """Else the test above would look for the wrong words."""
     words = {word for path in of_floors(["frameworks"]) for word in words_of_code(path)}
     seen = {word for word in words if CLASSES.fullmatch(word)}
-    assert seen >= {"FullyShardedDataParallel", "FSDPModule", "DTensor", "DistributedDataParallel", "DeepSpeedEngine"}
+    assert seen >= {
+        "FullyShardedDataParallel",
+        "FSDPModule",
+        "DTensor",
+        "DistributedDataParallel",
+        "DeepSpeedEngine",
+        "ChainedOptimizer",
+    }
     from dist_agc import frameworks
 
     wrapped = [name for framework in (*frameworks._asked(), frameworks._PLAIN) for name in framework.wrapped]

@@ -5,7 +5,10 @@ CUDA calls are answered by the CPU, as `megatron_runs.on_cpu` lists them, and no
 
 import logging
 import os
+import runpy
+import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -210,3 +213,15 @@ def test_refused_by_name(world: Any) -> None:
     for p in chunks[0].parameters():
         p.tensor_model_parallel = False  # pyright: ignore[reportAttributeAccessIssue]
     refused("was made without tags")
+
+
+@two_ranks
+def test_the_launch_example(world: Any) -> None:
+    """It wants GPUs: here the CPU answers, and all but ``main`` runs."""
+    groups(Case(tensor=2))
+    script = runpy.run_path(str(Path(__file__).parents[2] / "launch" / "megatron.py"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Megatron's own
+        hook = script["train"](2, 3, 1)
+    assert hook.steps == 3 and 0 < int(hook.stats.clipped_units) < hook.stats.units
+    hook.remove()
