@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from ..model.kinds import register_units
@@ -142,7 +143,11 @@ def _cut(model: nn.Module, mesh: DeviceMesh) -> None:
     if not isinstance(model, Odd):
         raise NotSetUp("needs a plan for the model's layers: shard it in the factory and use --layout as-is")
     # Kept as DTensors between the two, because a plain tensor no longer says that its shards are uneven.
-    parallelize_module(model, mesh, {"up": ColwiseParallel(use_local_output=False), "down": RowwiseParallel()})
+    plan: dict[str, Any] = {"up": ColwiseParallel(use_local_output=False), "down": RowwiseParallel()}
+    rows, ranks = model.embedding.num_embeddings, mesh.size()
+    if -(-rows // ranks) * (ranks - 1) < rows:  # torch looks nothing up where a rank has no rows
+        plan["embedding"] = RowwiseParallel(input_layouts=Replicate())  # whole gradients, without FSDP2
+    parallelize_module(model, mesh, plan)
 
 
 def _pipeline(model: nn.Module, units: Units) -> Any:

@@ -131,7 +131,7 @@ class Parameter:
 
     def settle(self, final: Tensor) -> None:
         """Have this be the gradient, where its parameter lies: in the memory of the share of which it is the sum."""
-        raise AssertionError(f"{self.name!r} has its gradient already")
+        raise AssertionError(f"{self.name!r} is settled")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

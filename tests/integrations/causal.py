@@ -26,7 +26,7 @@ def whole() -> Any:
 
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"vocab_size": 11, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8}
+    heads: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8}
     return LlamaForCausalLM(LlamaConfig(**sizes, **heads, initializer_range=0.3, use_cache=False))
 
 

@@ -26,11 +26,11 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Deallocating Tensor that still has live PyObject"),
 ]
 
-TWO_HEADS = {"num_key_value_heads": 2}  # of keys too, since TP deals them out
+TWO_HEADS: dict[str, Any] = {"num_key_value_heads": 2}  # of keys too, since TP deals them out
 # A sink for each rank: transformers does not load a vector of which some rank has nothing.
-FOUR_HEADS = {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 4}
+FOUR_HEADS: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 4}
 DENSE = {name: value for name, value in SIZES.items() if "expert" not in name} | TWO_HEADS
-TIED = {"tie_word_embeddings": True}
+TIED: dict[str, Any] = {"tie_word_embeddings": True}
 # GPT-OSS has a plan for its head alone; this is for the rest, as its users write it.
 ATTENTION = "model.layers.*.self_attn"
 GPT_OSS = {
@@ -111,7 +111,8 @@ def test_norms_between_ranks(world: Any) -> None:
 
 
 def test_mixtral(world: Any) -> None:
-    model = check(world, "mixtral", 1, tp(world), **TWO_HEADS)
+    """Both halves of a fused weight are cut, here unevenly."""
+    model = check(world, "mixtral", 1, tp(world), **TWO_HEADS, intermediate_size=25)
     packed: Any = model.get_parameter(f"{EXPERTS}.gate_up_proj")
     assert type(packed.placements[0]).__name__ == "_StridedShard"
 

@@ -124,10 +124,10 @@ def test_adamw_takes_the_steps_of_one_process(world: Any) -> None:
 
 
 def table(world: Any) -> tuple[nn.Module, Tensor]:
-    """A cut table with a whole gradient, in memory of its own on each rank, and a plain vector."""
-    model = distribute(nn.Embedding(7, 5), world.mesh(), {"weight": [Shard(0)]})
+    """A cut table, of which the last of 4 ranks has nothing, with a whole gradient in memory of its own on each."""
+    model = distribute(nn.Embedding(5, 6), world.mesh(), {"weight": [Shard(0)]})
     torch.manual_seed(8)
-    grad = torch.randn(7, 5) * torch.tensor([0.01, 9.0, 0.01, 9.0, 9.0, 0.01, 9.0])[:, None]
+    grad = torch.randn(5, 6) * torch.tensor([0.01, 9.0, 0.01, 9.0, 9.0])[:, None]
     give(world, model, grad)
     return model, grad
 
