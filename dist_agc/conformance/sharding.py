@@ -103,8 +103,11 @@ def hsdp_tp(model: nn.Module, units: Units, cut: Cut) -> nn.Module:
     return fsdp2(model, units, cube["replicate", "shard"])
 
 
-def zero(model: nn.Module, stage: int, optimizer: Optimizer) -> Any:
-    """DeepSpeed's engine, in bf16 where the model is; it says nothing and compiles nothing before the first step."""
+def zero(model: nn.Module, stage: int, optimizer: Optimizer, **extra: Any) -> Any:
+    """DeepSpeed's engine, in bf16 where the model is; it says nothing and compiles nothing before the first step.
+
+    ``extra``: more of its config.
+    """
     rank, on_cpu = dist.get_rank(), device().type == "cpu"
     # DeepSpeed reads them even where the group exists, and mpirun sets none.
     for name, value in (("RANK", rank), ("WORLD_SIZE", dist.get_world_size()), ("LOCAL_RANK", rank)):
@@ -118,6 +121,10 @@ def zero(model: nn.Module, stage: int, optimizer: Optimizer) -> Any:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     if on_cpu:  # an optional collective that DeepSpeed would compile now, for minutes, and wait for without a timeout
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if (
+        getattr(deepspeed.utils.groups, "mesh_device", None) is not None
+    ):  # of another engine, whose ranks share otherwise
+        deepspeed.utils.groups._release_process_group_references(group=None)
     deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
     config = {
         "train_micro_batch_size_per_gpu": 1,  # for its own bookkeeping: the caller cuts batches
@@ -126,6 +133,7 @@ def zero(model: nn.Module, stage: int, optimizer: Optimizer) -> Any:
         "gradient_clipping": 0.0,
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**31,
+        **extra,
     }
     return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
 
