@@ -341,7 +341,7 @@ def test_every_layout_is_right_and_what_knows_no_shards_is_not(folder: Path, npr
     if nproc == 4:
         flat |= {"fsdp1 hybrid", "fsdp1 hybrid orig"}
         placed |= {"hsdp", "tp+fsdp2"}
-    assert set(rows) == whole | flat | placed | {"fsdp1 no-shard"}
+    assert set(rows) == whole | flat | placed | {"fsdp1 no-shard", "autotp"}
     for name, row in rows.items():
         one, said = 4 * (row["collectives"] > 0), row["shard_unaware"]
         assert row["bytes"] % 4 == 0 and row["bytes"] >= one * 2 * row["split_units"], row
@@ -350,7 +350,8 @@ def test_every_layout_is_right_and_what_knows_no_shards_is_not(folder: Path, npr
         elif name in placed:
             assert row["collectives"] > 0 and said.startswith("raises RuntimeError after"), row
         else:  # a flat tensor, cut or not, is one unit to what does not know better
-            assert row["collectives"] == (name != "fsdp1 no-shard") and said.startswith("error"), row
+            sends = {"fsdp1 no-shard": 0, "autotp": nproc - 1}  # AutoTP: along one axis, or along two and back
+            assert row["collectives"] == sends.get(name, 1) and said.startswith("error"), row
             assert float(said.split()[1]) > 0.1
 
 

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,8 +49,10 @@ class Case:
 
     def needs(self) -> str | None:
         """What is missing on this machine; None where it can run."""
-        if self.name.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
+        if self.name.startswith(("zero", "autotp")) and (found := importlib.util.find_spec("deepspeed")) is None:
             return "needs DeepSpeed: pip install 'dist-agc[deepspeed]'"
+        if self.name == "autotp" and not Path(found.origin or "", "../checkpoint/affine.py").resolve().exists():
+            return "needs DeepSpeed 0.19.8, whose AutoTP says how it cuts"
         size = dist.get_world_size()
         if size < self.least or size % self.multiple:
             multiple = f", and a multiple of {self.multiple}" if self.multiple > 1 else ""
@@ -158,9 +161,21 @@ def _pipeline(model: nn.Module, units: Units) -> Any:
     return StagesOfDeepSpeed(engine, odd_batch(engine.grid.get_data_parallel_rank()), names)
 
 
-def _zero(model: nn.Module, units: Units, *, stage: int) -> Any:
+def _zero(model: nn.Module, units: Units, *, stage: int, **extra: Any) -> Any:
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
-    return sharding.zero(model, stage, optimizer)
+    return sharding.zero(model, stage, optimizer, **extra)
+
+
+def _autotp(model: nn.Module, units: Units) -> Any:
+    """DeepSpeed's tensor parallelism, two by two, under ZeRO 1: 7 rows and columns, of which one rank has 4."""
+    if not isinstance(model, Odd):
+        raise NotSetUp("needs a plan for the model's layers: shard it in the factory and use --layout as-is")
+    specs = [
+        {"patterns": [rf"(^|\.){name}\.weight$"], "partition_type": kind}
+        for name, kind in (("up", "column"), ("down", "row"))
+    ]
+    plan = {"use_default_specs": False, "layer_specs": specs}
+    return _zero(model, units, stage=1, tensor_parallel={"autotp_size": 2, "partition_config": plan})
 
 
 _FSDP1 = {"full": "FULL_SHARD", "grad-op": "SHARD_GRAD_OP", "no-shard": "NO_SHARD", "hybrid": "HYBRID_SHARD"}
@@ -186,6 +201,7 @@ CASES = [
     Case("hsdp+tp", partial(sharding.hsdp_tp, cut=_cut), least=8, multiple=4, same_batch=2),
     Case("pipeline", lambda model, units: Stages(model), least=2, averages=True),
     *(Case(f"zero{stage}", partial(_zero, stage=stage)) for stage in range(4)),
+    Case("autotp", _autotp, least=2, multiple=2, same_batch=2),
     Case("zero0 pipeline", _pipeline, least=2, multiple=2),
 ]
 AS_IS = Case("as-is", lambda made, units: made)

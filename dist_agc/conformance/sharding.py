@@ -105,8 +105,8 @@ def hsdp_tp(model: nn.Module, units: Units, cut: Cut) -> nn.Module:
     return fsdp2(model, units, cube["replicate", "shard"])
 
 
-def zero(model: nn.Module, stage: int, optimizer: Optimizer) -> Any:
-    """DeepSpeed's engine, in bf16 where the model is."""
+def zero(model: nn.Module, stage: int, optimizer: Optimizer, **extra: Any) -> Any:
+    """DeepSpeed's engine, in bf16 where the model is. ``extra``: more of its config."""
     config = {
         "train_micro_batch_size_per_gpu": 1,  # for its own bookkeeping: the caller cuts batches
         "zero_optimization": {"stage": stage},
@@ -114,6 +114,7 @@ def zero(model: nn.Module, stage: int, optimizer: Optimizer) -> Any:
         "gradient_clipping": 0.0,
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**31,
+        **extra,
     }
     return _deepspeed().initialize(model=model, optimizer=optimizer, config=config)[0]
 
@@ -150,6 +151,10 @@ def _deepspeed() -> Any:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     if on_cpu:  # an optional collective that DeepSpeed would compile now, for minutes, and wait for without a timeout
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if (
+        getattr(deepspeed.utils.groups, "mesh_device", None) is not None
+    ):  # of another engine, whose ranks share otherwise
+        deepspeed.utils.groups._release_process_group_references(group=None)
     deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
     return deepspeed
 

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -137,14 +138,14 @@ class ZeroSubject(Subject):
     def tensors(self) -> tuple[Tensors, Tensors]:
         from deepspeed.utils import safe_get_full_grad
 
-        grads = {name: safe_get_full_grad(p) for name, p in _trainable(self.model.module)}
-        return self.weights(), {name: _full(grad) for name, grad in grads.items() if grad is not None}
+        pairs = [(name, p, safe_get_full_grad(p)) for name, p in _trainable(self.model.module)]
+        return self.weights(), {name: _unsliced(p, grad) for name, p, grad in pairs if grad is not None}
 
     def weights(self) -> Tensors:
         from deepspeed.utils import safe_get_full_fp32_param
 
         found = {name: (p, safe_get_full_fp32_param(p)) for name, p in _trainable(self.model.module)}
-        return {name: _full(p if weight is None else weight) for name, (p, weight) in found.items()}
+        return {name: _unsliced(p, p if weight is None else weight) for name, (p, weight) in found.items()}
 
     def held(self) -> list[tuple[Tensor, Tensor | None]]:
         return self._kept
@@ -202,6 +203,23 @@ def _full(tensor: Tensor) -> Tensor:
     tensor = tensor.detach()
     tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     return tensor.to("cpu", torch.float64, copy=True)
+
+
+def _unsliced(parameter: Any, tensor: Tensor) -> Tensor:
+    """`_full`, put together by DeepSpeed from the slices of all ranks where its AutoTP has cut ``parameter``."""
+    mine = _full(tensor)
+    described = getattr(parameter, "ds_autotp_universal_checkpoint_meta", {}).get("conversion", {}).get("affine_map")
+    if described is None:
+        return mine
+    from deepspeed.checkpoint.affine import ParamAffineMap
+    from deepspeed.utils import groups
+
+    cut = ParamAffineMap.from_dict(described)
+    every: list[Any] = [None] * len(cut.shard_shapes)
+    dist.all_gather_object(every, mine, group=groups.get_tensor_model_parallel_group())
+    if any(len(piece.locations) > 1 for pieces in cut.pieces_by_rank.values() for piece in pieces):
+        return mine  # copies
+    return cut.rebuild(dict(enumerate(every)))
 
 
 def _trainable(model: nn.Module) -> list[tuple[str, Tensor]]:
