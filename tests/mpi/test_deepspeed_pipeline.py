@@ -3,6 +3,7 @@
 Two stages whatever the number of ranks, the rest is data-parallel; an embedding is tied across both stages.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -49,6 +50,13 @@ def loss(logits: Tensor, tokens: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten())
 
 
+@pytest.fixture(autouse=True)
+def _groups() -> Iterator[None]:
+    """An engine takes its groups from the one before it, whatever that was."""
+    yield
+    runs.forget_groups()
+
+
 def batches(world: Any, step: int) -> Any:
     """The micro-batches of this rank's pipeline in one step: tokens are their own labels."""
     generator = torch.Generator().manual_seed(step)
@@ -61,6 +69,7 @@ def batches(world: Any, step: int) -> Any:
 def engine_of(world: Any, **extra: Any) -> Any:
     if world.size % 2:
         pytest.skip("two stages")
+    runs.forget_groups()
     runs.prepare()
     torch.manual_seed(0)
     specs = [

@@ -95,7 +95,7 @@ def test_a_gradient_that_lies_elsewhere(world: World, ranks: str) -> None:
     """No rank does anything else because of it: the others wait for nothing."""
     beside = Beside(world)
     if world.rank == 1 or ranks == "all":
-        beside.model[2].weight.grad = DTensor.from_local(torch.ones(4, 8), beside.mesh, [Replicate()], run_check=False)
+        beside.model[2].weight.grad = DTensor.from_local(torch.ones(4, 8), beside.mesh, [Partial()], run_check=False)
         said = [f"{SAID} '2.weight': they are excluded, and dist_agc cannot read them. parameter '2.weight' has pl"]
     else:
         said = []
