@@ -25,6 +25,8 @@ def check_threshold(value: object, name: str = "clipping_threshold") -> float:
 def _check_patterns(value: object) -> tuple[str, ...]:
     if not isinstance(value, Iterable) or isinstance(value, Mapping):
         raise TypeError(f"exclude must be glob patterns such as ('head.*',), got {value!r}.")
+    if isinstance(value, set | frozenset):  # whose order is another in each process, and ranks compare settings
+        value = sorted(value, key=str)
     patterns = (value,) if isinstance(value, str) else tuple(value)
     for pattern in patterns:
         if not isinstance(pattern, str) or not pattern:

@@ -64,10 +64,10 @@ class AGCHook:
                 steps.mark(optimizer, in_step=backward is None)
                 undo.callback(steps.unmark, optimizer)
             _tell_all_off(self._attachment.optimizers)
+            if meet is not None:  # late: whatever could go wrong on one stage alone has not
+                self._stages = meet(clipper.parameters, clipper.rules, clipper.config)
             self._attachment.attached(self)
             undo.callback(self._attachment.removed)
-            if meet is not None:  # last: whatever could go wrong on one stage alone has not
-                self._stages = meet(clipper.parameters, clipper.rules, clipper.config)
             self._undo = undo.pop_all()  # an error until here leaves nothing behind
         if not dist.is_initialized() or dist.get_rank() == 0:
             logger.info("%s", self._described(". "))

@@ -158,3 +158,38 @@ def test_packed_weights_are_read_a_few_rows_at_a_time(
         assert stats is not None and float(stats.max_ratio) == pytest.approx(expected.max_ratio, rel=1e-5)
         assert worst_relative_error({"w": weight.grad.double()}, {"w": expected.grads["0.weight"]}) <= 1e-6
     assert unpacked == ([40, 40, 16] if units is None else [96]) * 3, "not in the fourth call"
+
+
+@pytest.mark.parametrize("kind", ["int8", "bitnet"])
+@pytest.mark.parametrize("at", [2, 5])
+def test_written_weights_are_measured_anew(kind: str, at: int) -> None:
+    """What goes through a tensor around another is counted on that one alone."""
+    model, other = (KINDS[kind][0](nn.Sequential(network()[0])) for _ in range(2))
+    with torch.no_grad():
+        other[0].weight.copy_(10 * network()[0].weight)  # type: ignore[index]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    hook = dist_agc.attach(model, optimizer, clipping_threshold=1.0, weight_norm_interval=1000, dry_run=True)
+    ratios = []
+    for step in range(8):
+        if step == at:
+            model.load_state_dict(other.state_dict())
+        for parameter in model.parameters():
+            parameter.grad = torch.ones(parameter.shape)
+        optimizer.step()
+        ratios.append(float(hook.stats.max_ratio))
+    assert ratios == pytest.approx([ratios[0]] * at + [ratios[0] / 10] * (8 - at), rel=0.02)
+    hook.remove()
+
+
+def test_a_wrapper_around_a_sharded_weight_is_told() -> None:
+    """Nothing would say that it is a part."""
+
+    class Around(torch.Tensor):
+        def __tensor_flatten__(self) -> Any: ...
+
+    model = bitnet(network())
+    weight: Any = model[0].weight  # type: ignore[index]
+    weight._data = torch.zeros(96, 32).as_subclass(Around)
+    weight.grad = torch.ones(96, 32)
+    with pytest.raises(ValueError, match="'0.weight' is a BitNetTrainingLinearWeight around a Around"):
+        dist_agc.apply_agc(model)

@@ -75,7 +75,7 @@ class Execution:
         asked = (thresholds.get(id(p.tensor), default) for p in self.plan.parameters[: self.plan.governed])
         weights, grads, bound = self._begin([math.inf if value is None else value for value in asked])
         complete = bound.shares.add_up(weights, grads)
-        fresh = self._reuse.is_over(weights)
+        fresh = self._reuse.is_over(weights, [p.tensor for p in self.plan.parameters])
         tally = Counts(config.eps) if config.statistics else None
         bound.judge_all(weights if fresh else [], complete, grad_scale, tally)
         stats = None if tally is None else self._statistics(tally)

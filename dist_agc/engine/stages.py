@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ..config import AGCConfig
-from ..model.blocks import Axis
+from ..model.blocks import Axis, Pieces
 from ..model.names import matching, near
 from ..model.parameter import Parameter
 from ..model.units import UnitRule
@@ -32,6 +32,7 @@ class _Row(NamedTuple):
     units: int | None  # None where it is excluded
     trains: bool
     counted: bool  # not counted by another stage
+    left_alone: bool  # not by the user's settings
 
 
 @dataclass(frozen=True)
@@ -46,17 +47,15 @@ class _Said:
 
 
 class Stages:
-    """What the ranks of ``axis`` hold. Made within `meeting`.
+    """What the ranks of ``axis`` hold, of which ``said`` is this rank's. Made within `meeting`.
 
     Raises:
         ValueError: a pattern names nothing on any stage.
         RuntimeError: another stage has given up, or has other settings.
     """
 
-    def __init__(
-        self, axis: Axis, parameters: Sequence[Parameter], rules: Sequence[UnitRule | None], config: AGCConfig
-    ) -> None:
-        every = exchange(_said(parameters, rules, config), axis)
+    def __init__(self, axis: Axis, said: _Said, config: AGCConfig) -> None:
+        every = exchange(said, axis)
         _raise_problems(every, axis)
         self._axis, self._told = axis, False
         rows = [(rank, row) for rank, said in enumerate(every) for row in said.rows if row.counted]
@@ -68,7 +67,8 @@ class Stages:
         self._units = {name: row.units or 0 for name, (_, row) in zip(names, governed, strict=False)}
         self._place = {row.name: at for at, (rank, row) in enumerate(places) if rank == axis.rank}
         self._elsewhere = {row.name for row in every[axis.rank].rows if not row.counted}
-        if all(row.units is None for said in every for row in said.rows):
+        all_rows = [row for said in every for row in said.rows]
+        if all(row.units is None for row in all_rows) and not all(row.left_alone for row in all_rows):
             warnings.warn(
                 f"exclude={config.exclude!r} leaves out every parameter of every stage, so AGC clips nothing.",
                 UserWarning,
@@ -77,6 +77,18 @@ class Stages:
 
     def complete(self, stats: ClipStats) -> ClipStats:
         """The statistics of all stages. One all-reduce; all ranks must call it, once a step. Waits for no device."""
+        width = len(self._names) * STATISTICS
+        rows, top = stats.placed(self._place, len(self._names))
+        buffer = rows.new_zeros(width + self._axis.size * top.numel())
+        buffer[:width] = rows.flatten()
+        buffer[width:].view(-1, *LARGEST)[self._axis.rank] = top
+        total = all_reduce(buffer, self._axis)
+        self._tell_new(stats)  # not before, since it may be made an error
+        sums, tops = total[:width].view(-1, STATISTICS), total[width:].view(-1, *LARGEST)
+        largest, excluded = partial(largest_of, [tops]), self._names[len(self._units) :]
+        return ClipStats(self._units, sums, largest, self._names, excluded, dry_run=self._dry_run)
+
+    def _tell_new(self, stats: ClipStats) -> None:
         new = [name for name in stats.names if name not in self._place and name not in self._elsewhere]
         if new and not self._told:
             self._told = True
@@ -84,17 +96,8 @@ class Stages:
                 f"{new[0]!r} trains since AGC was attached. It is clipped, and the statistics of the pipeline are "
                 "without it: call .remove() on the handle and attach again, on all ranks, to have it in them.",
                 UserWarning,
-                stacklevel=2,
+                stacklevel=3,
             )
-        width = len(self._names) * STATISTICS
-        rows, top = stats.placed(self._place, len(self._names))
-        buffer = rows.new_zeros(width + self._axis.size * top.numel())
-        buffer[:width] = rows.flatten()
-        buffer[width:].view(-1, *LARGEST)[self._axis.rank] = top
-        total = all_reduce(buffer, self._axis)
-        sums, tops = total[:width].view(-1, STATISTICS), total[width:].view(-1, *LARGEST)
-        largest, excluded = partial(largest_of, [tops]), self._names[len(self._units) :]
-        return ClipStats(self._units, sums, largest, self._names, excluded, dry_run=self._dry_run)
 
 
 Meet = Callable[[Sequence[Parameter], Sequence[UnitRule | None], AGCConfig], Stages]
@@ -111,20 +114,30 @@ def meeting(axis: Axis | None) -> Iterator[Meet | None]:
         return
     met = False
 
-    def meet(*what: Any) -> Stages:
+    def meet(parameters: Sequence[Parameter], rules: Sequence[UnitRule | None], config: AGCConfig) -> Stages:
         nonlocal met
+        said = _said(axis, parameters, rules, config)
         met = True
-        return Stages(axis, *what)
+        return Stages(axis, said, config)
 
     try:
         yield meet
-    except (TypeError, ValueError, RuntimeError) as problem:
+    except Exception as problem:
         if not met:
             exchange(_Said(problem=str(problem)), axis)
         raise
 
 
-def _said(parameters: Sequence[Parameter], rules: Sequence[UnitRule | None], config: AGCConfig) -> _Said:
+def _said(axis: Axis, parameters: Sequence[Parameter], rules: Sequence[UnitRule | None], config: AGCConfig) -> _Said:
+    for p, rule in zip(parameters, rules, strict=True):
+        found = p.pieces(rule) if p.trains else Pieces(())
+        for other in (*p.copies, *(cut.axis for cut in found.cuts), *found.distinct):
+            if len({*other.ranks} & {*axis.ranks}) > 1:
+                raise ValueError(
+                    f"ranks {list(axis.ranks)} shall hold different stages of a pipeline, and parameter {p.name!r} of "
+                    f"one stage is shared by ranks {list(other.ranks)}: give pipeline= the group of the ranks that "
+                    "each hold another stage, such as mesh['pp'].get_group()."
+                )
     names = [p.names for p in parameters]
     patterns = [("exclude", pattern) for pattern in config.exclude]
     patterns += [("units", pattern) for pattern in config.units] if isinstance(config.units, dict) else []
@@ -133,7 +146,7 @@ def _said(parameters: Sequence[Parameter], rules: Sequence[UnitRule | None], con
         matched=tuple((setting, p, bool(matching(p, names, setting, checked=False))) for setting, p in patterns),
         names=tuple(name for of_one in names for name in of_one),
         rows=tuple(
-            _Row(p.name, rule and rule.count, p.trains, not p.counted_elsewhere)
+            _Row(p.name, rule and rule.count, p.trains, not p.counted_elsewhere, p.left_alone)
             for p, rule in zip(parameters, rules, strict=True)
         ),
     )

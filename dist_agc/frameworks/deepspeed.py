@@ -262,13 +262,16 @@ def _refused(engine: Any) -> str | None:
             "would wait for another: leave zero_optimization.compute_grad_norm on (DeepSpeed 0.19.8, whose ranks skip "
             "together then), or use bfloat16, or DeepSpeed's own fp16"
         )
-    spread = getattr(engine, "autotp_size", int)() > 1 or any(
-        not getattr(p, "allreduce", True) for p in engine.module.parameters()
+    spread = (
+        getattr(engine, "autotp_size", int)() > 1
+        or is_a(engine, "PipelineEngine")
+        or any(not getattr(p, "allreduce", True) for p in engine.module.parameters())
     )
     if spread and getattr(engine, "torch_autocast_z0_gradscaler", None) is not None:
         return (
             "the GradScaler of torch_autocast in float16 is each rank's own without ZeRO, and ranks that hold "
-            "different parameters (AutoTP, experts) would not skip a step together: use ZeRO, or bfloat16"
+            "different parameters (AutoTP, experts, stages of a pipeline) would not skip a step together: use ZeRO, or "
+            "bfloat16"
         )
     mpu = None if getattr(engine, "autotp_size", int)() > 1 else engine.mpu
     if mpu is not None and not hasattr(mpu, "initialize_sequence_parallel"):

@@ -149,7 +149,7 @@ class _Attachment(Attachment):
 
     def removed(self) -> None:
         for config, norm in zip(self._configs, self._norms, strict=True):
-            if self.norm_clipping is False:
+            if self.norm_clipping is False and config.clip_grad == 0.0:  # nobody has changed it since
                 config.clip_grad = norm
 
 

@@ -40,7 +40,13 @@ def unknown(tensor: Tensor) -> str | None:
             f"is a {kind.__name__}, a layout that dist_agc does not know; known are plain tensors (DDP), "
             "DTensor (FSDP2, tensor parallel), FSDP1, DeepSpeed ZeRO and torchao's training weights. Exclude it"
         )
-    if not hasattr(tensor, attribute):
+    inner = getattr(tensor, attribute, None)
+    if hasattr(type(inner), "__tensor_flatten__"):
+        return (
+            f"is a {kind.__name__} around a {type(inner).__name__}, which dist_agc does not know: convert the model "
+            "first, and shard it then. Or exclude it"
+        )
+    if inner is None:
         return (
             f"is a {kind.__name__} without the {attribute!r} that dist_agc reads; supported is {SUPPORTED}. Exclude it"
         )

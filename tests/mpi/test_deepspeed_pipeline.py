@@ -160,3 +160,10 @@ def test_attach_takes_the_pipeline_from_the_engine(world):
     with dist_agc.attach(engine, clipping_threshold=THRESHOLD) as hook:
         engine.train_batch(batches(world, 0))
         assert len(hook.stats.per_parameter) == 13 and hook.stats.clipped_units > 0
+
+
+def test_a_scaler_for_each_stage_is_refused(world):
+    engine = engine_of(world)
+    engine.torch_autocast_z0_gradscaler = object()  # what DeepSpeed makes for torch_autocast in float16
+    with pytest.raises(ValueError, match=r"stages of a pipeline\) would not skip a step together"):
+        dist_agc.attach(engine, clipping_threshold=THRESHOLD)

@@ -553,3 +553,22 @@ class TestRefused:
         fully_shard(model, mesh=world.mesh())
         with pytest.raises(ValueError, match="none of the model's parameters"):
             dist_agc.attach(model, optimizer)
+
+
+@pytest.mark.parametrize("foreach", [True, False])
+def test_written_weights_are_measured_anew(world: World, foreach: bool) -> None:
+    """What goes through a DTensor is counted on it, and not on what it is around."""
+    torch.manual_seed(0)
+    model = fully_shard(nn.Linear(5, 2 * world.size, bias=False), mesh=world.mesh())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0, foreach=foreach)
+    hook = dist_agc.attach(model, optimizer, clipping_threshold=1.0, weight_norm_interval=1000, dry_run=True)
+    ratios = []
+    for step in range(6):
+        if step == 4:
+            model.load_state_dict({name: 10 * tensor for name, tensor in model.state_dict().items()})
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        ratios.append(float(hook.stats.max_ratio))
+    assert ratios == pytest.approx([ratios[0]] * 4 + [ratios[0] / 10] * 2, rel=1e-6)
+    hook.remove()

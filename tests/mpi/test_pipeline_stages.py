@@ -278,3 +278,23 @@ def test_a_pipeline_of_one_rank_is_none(world):
     with dist_agc.attach(stage, optimizer, pipeline=alone) as hook:
         optimizer.step()
         assert hook.stats.units == 8
+
+
+def test_ranks_of_one_stage_are_no_pipeline(world):
+    """Each of them would count all of it."""
+    stage, optimizer = stage_of(world)
+    sharded = nn.parallel.DistributedDataParallel(stage)
+    with pytest.raises(ValueError, match="shall hold different stages of a pipeline, and parameter '0.weight' of one"):
+        dist_agc.attach(sharded, optimizer, pipeline=dist.group.WORLD)
+    assert not optimizer._optimizer_step_pre_hooks
+
+
+def test_a_warning_that_is_an_error_on_one_stage(world):
+    stage, optimizer = stage_of(world)
+    if world.rank == 1:
+        nn.init.zeros_(stage[1].weight)
+        with pytest.raises(UserWarning, match="are all zero now"):
+            dist_agc.attach(stage, optimizer, pipeline=dist.group.WORLD)
+    else:
+        with pytest.raises(RuntimeError, match="on no stage of the pipeline, because of rank 1: the weights of"):
+            dist_agc.attach(stage, optimizer, pipeline=dist.group.WORLD)
