@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import dist_agc
@@ -39,7 +39,7 @@ def model_of(size: int, width: int = 5) -> nn.Module:
 
 def misplaced(parameter: Any) -> DTensor:
     """A gradient that does not lie as its parameter does; made without a collective."""
-    return DTensor.from_local(torch.ones(parameter.shape), parameter.device_mesh, [Replicate()], run_check=False)
+    return DTensor.from_local(torch.ones(parameter.shape), parameter.device_mesh, [Partial()], run_check=False)
 
 
 def fsdp1() -> nn.Module:

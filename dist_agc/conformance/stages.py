@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -97,6 +97,11 @@ class StagesOfDeepSpeed(Subject):
 
     def clipped(self) -> Tensors:
         return self._everywhere(self._grads)
+
+    def hand_over(self, clip: Callable[[list[Tensor]], None]) -> None:
+        handle = self._optimizer.register_step_pre_hook(lambda optimizer, *_: clip(held(optimizer)))
+        self._train()
+        handle.remove()
 
     def sends_more(self) -> bool:
         return True
