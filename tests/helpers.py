@@ -1,5 +1,6 @@
 """Between a torch model, sharded or not, and the oracle: gather, compare, count collectives."""
 
+import gc
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -7,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
@@ -201,3 +203,17 @@ def told(*messages: str) -> Iterator[None]:
         yield
     ours = [str(w.message) for w in seen if "dist_agc" in str(w.message)]
     assert len(ours) == len(messages) and all(a in b for a, b in zip(messages, ours, strict=True)), ours
+
+
+@contextmanager
+def passing_groups() -> Iterator[None]:
+    """Process groups that are made within are ended after it. Each has threads that wake up again and again, which
+    hundreds of groups make felt. Not for groups of a DeviceMesh: torch remembers the meshes of DTensors."""
+    world, before = dist.group.WORLD, set(dist.distributed_c10d._world.pg_map)
+    yield
+    if dist.group.WORLD is not world:  # made anew after a failure
+        return
+    for group in set(dist.distributed_c10d._world.pg_map) - before:
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
+    gc.collect()

@@ -102,7 +102,7 @@ ranks() { # ranks N COMMAND...: the tests of several processes, with N of them
   echo "-- $n ranks"
   export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMP_NUM_THREADS=1
   # The tests see to it that all ranks end alike, so that rank 0 speaks for all.
-  run_tests "$log.0" timeout --kill-after=30 1500 mpirun -n "$n" --oversubscribe --bind-to none \
+  run_tests "$log.0" timeout --kill-after=30 2000 mpirun -n "$n" --oversubscribe --bind-to none \
     bash -c "$as_rank" "$log" "$@" -m pytest tests --ignore tests/mosaicml --with-mpi -m mpi -q \
     --color=no -p no:cacheprovider "${pytest_args[@]}" || status=$?
   ((status != 0)) || return 0

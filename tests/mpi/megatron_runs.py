@@ -9,6 +9,7 @@ import re
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +22,14 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import dist_agc
 import oracle
-from helpers import assert_equal_everywhere, assert_some_clipped, assert_stats, worst_distance, worst_relative_error
+from helpers import (
+    assert_equal_everywhere,
+    assert_some_clipped,
+    assert_stats,
+    passing_groups,
+    worst_distance,
+    worst_relative_error,
+)
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of missing Apex and Transformer Engine
@@ -109,11 +117,15 @@ class Case:
 _made: dict[str, Any] = {}  # for which sizes the groups of this world were made: each costs sockets and threads
 
 
+_ending = ExitStack()
+
+
 def groups(case: Case) -> None:
     """Megatron's process groups, and its random numbers."""
     sizes = case.tensor, case.stages, case.virtual, case.experts, case.expert_tensor
     if _made.get("sizes") != sizes or _made.get("world") is not dist.group.WORLD:
         ungroup()
+        _ending.enter_context(passing_groups())
         parallel_state.initialize_model_parallel(
             *sizes[:3],
             expert_model_parallel_size=case.experts,
@@ -128,6 +140,7 @@ def groups(case: Case) -> None:
 def ungroup() -> None:
     parallel_state.destroy_model_parallel()
     _made.clear()
+    _ending.close()
 
 
 def build(case: Case) -> tuple[list[nn.Module], Any]:

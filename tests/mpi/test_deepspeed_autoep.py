@@ -1,5 +1,6 @@
 """DeepSpeed's AutoEP under ZeRO 3: an expert is cut over the ranks that hold it, and statistics cover those of all."""
 
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,10 +14,23 @@ from torch import Tensor, nn  # noqa: E402
 
 import oracle  # noqa: E402
 from dist_agc.integrations.deepspeed import initialize  # noqa: E402
-from helpers import assert_equal_everywhere, assert_some_clipped, assert_stats, worst_relative_error  # noqa: E402
+from helpers import (  # noqa: E402
+    assert_equal_everywhere,
+    assert_some_clipped,
+    assert_stats,
+    passing_groups,
+    worst_relative_error,
+)
 
 pytestmark = [pytest.mark.mpi(min_size=2), pytest.mark.filterwarnings("ignore")]
 THRESHOLD = 0.02
+
+
+@pytest.fixture(autouse=True)
+def _groups() -> Iterator[None]:
+    with passing_groups():
+        yield
+        runs.forget_groups()
 
 
 class Experts(nn.Module):

@@ -1,5 +1,6 @@
 """DeepSpeed's AutoTP under ZeRO 0 to 3: tensor-parallel slices, even and uneven, fused weights, against the oracle."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from helpers import (  # noqa: E402
     assert_equal_everywhere,
     assert_some_clipped,
     assert_stats,
+    passing_groups,
     worst_distance,
     worst_relative_error,  # noqa: E402
 )
@@ -24,6 +26,14 @@ from helpers import (  # noqa: E402
 pytestmark = [pytest.mark.mpi(min_size=2), pytest.mark.filterwarnings("ignore")]
 STEPS, THRESHOLD = 3, 0.1
 META = "ds_autotp_universal_checkpoint_meta"
+
+
+@pytest.fixture(autouse=True)
+def _groups() -> Iterator[None]:
+    with passing_groups():
+        yield
+        runs.forget_groups()
+
 
 # By the name of a module, how AutoTP cuts it.
 SPECS = [

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import megatron_runs
 import pytest
 import torch
 
@@ -42,6 +43,12 @@ pytestmark = pytest.mark.mpi
 def _cuda_answered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     on_cpu(monkeypatch)
     yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _groups() -> Iterator[None]:
+    yield
+    megatron_runs.ungroup()
 
 
 SIZE = int(os.environ.get("OMPI_COMM_WORLD_SIZE", "1"))
