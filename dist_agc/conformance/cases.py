@@ -49,9 +49,14 @@ class Case:
 
     def needs(self) -> str | None:
         """What is missing on this machine; None where it can run."""
-        if self.name.startswith(("zero", "autotp")) and (found := importlib.util.find_spec("deepspeed")) is None:
+        found = importlib.util.find_spec("deepspeed")
+        if self.name.startswith(("zero", "autotp", "deepspeed")) and found is None:
             return "needs DeepSpeed: pip install 'dist-agc[deepspeed]'"
-        if self.name == "autotp" and not Path(found.origin or "", "../checkpoint/affine.py").resolve().exists():
+        if (
+            found
+            and self.name == "autotp"
+            and not Path(found.origin or "", "../checkpoint/affine.py").resolve().exists()
+        ):
             return "needs DeepSpeed 0.19.8, whose AutoTP says how it cuts"
         size = dist.get_world_size()
         if size < self.least or size % self.multiple:
@@ -202,6 +207,6 @@ CASES = [
     Case("pipeline", lambda model, units: Stages(model), least=2, averages=True),
     *(Case(f"zero{stage}", partial(_zero, stage=stage)) for stage in range(4)),
     Case("autotp", _autotp, least=2, multiple=2, same_batch=2),
-    Case("zero0 pipeline", _pipeline, least=2, multiple=2),
+    Case("deepspeed pipeline", _pipeline, least=2, multiple=2),
 ]
 AS_IS = Case("as-is", lambda made, units: made)
