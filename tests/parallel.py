@@ -1,10 +1,14 @@
 """A small model for tensor parallelism, and sequences for it."""
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
+
+M = TypeVar("M", bound=nn.Module)
 
 
 class Parallel(nn.Module):
@@ -21,13 +25,18 @@ class Parallel(nn.Module):
         return self.head(self.down(torch.tanh(self.up(self.norm(x)))))
 
 
-def parallel(dtype: torch.dtype = torch.float32) -> Parallel:
-    torch.manual_seed(3)
-    model = Parallel()
+def varied(kind: type[M], seed: int, dtype: torch.dtype) -> M:
+    """A model of this class in which no parameter begins at zeros or ones; the same for the same seed."""
+    torch.manual_seed(seed)
+    model = kind()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)
     return model.to(dtype)
+
+
+def parallel(dtype: torch.dtype = torch.float32) -> Parallel:
+    return varied(Parallel, 3, dtype)
 
 
 def sequences(step: int, *, rank: int = 0, size: int = 1) -> tuple[Tensor, Tensor]:

@@ -105,7 +105,7 @@ class Plan:
         for i, (p, found) in enumerate(zip(self.parameters, pieces, strict=True)):
             if not (found.cuts or found.distinct or p.may_be_share):
                 self.copied.add(i)
-            for axis in dict.fromkeys((*(cut.axis for cut in found.cuts), *found.distinct, *p.copies)):
+            for axis in dict.fromkeys((*found.axes, *p.copies)):
                 self.shared.setdefault(axis, []).append(i)
         self.others = [(b, i) for i, found in enumerate(pieces) if i >= self.governed for b in found.blocks]
         axes = _ordered(pieces)
@@ -205,7 +205,7 @@ def _ordered(pieces: Sequence[Pieces]) -> list[Axis]:
     rank holds only some of the cut units. Where it can be had, an axis along which a parameter is counted, too, comes
     after all that cut it.
     """
-    left = dict.fromkeys(axis for found in pieces for axis in (*(cut.axis for cut in found.cuts), *found.distinct))
+    left = dict.fromkeys(axis for found in pieces for axis in found.axes)
     must: dict[Axis, set[Axis]] = {axis: set() for axis in left}
     should: dict[Axis, set[Axis]] = {axis: set() for axis in left}
     for found in pieces:

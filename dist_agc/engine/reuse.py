@@ -34,8 +34,8 @@ class Reuse:
 
 
 def _written(weight: Tensor, holder: Tensor) -> tuple[int, int]:
-    """Where it lies, and how often it was written. What goes through a tensor around another (a DTensor, torchao's) is
-    counted on that one alone."""
+    """Where it lies, and how often it was written. What goes through a tensor around another is counted on
+    that one alone."""
     inner = stored(weight)
     around = holder._version if is_traceable_wrapper_subclass(holder) else 0
     return inner.data_ptr(), inner._version + around

@@ -131,7 +131,7 @@ def meeting(axis: Axis | None) -> Iterator[Meet | None]:
 def _said(axis: Axis, parameters: Sequence[Parameter], rules: Sequence[UnitRule | None], config: AGCConfig) -> _Said:
     for p, rule in zip(parameters, rules, strict=True):
         found = p.pieces(rule) if p.trains else Pieces(())
-        for other in (*p.copies, *(cut.axis for cut in found.cuts), *found.distinct):
+        for other in (*p.copies, *found.axes):
             if len({*other.ranks} & {*axis.ranks}) > 1:
                 raise ValueError(
                     f"ranks {list(axis.ranks)} shall hold different stages of a pipeline, and parameter {p.name!r} of "

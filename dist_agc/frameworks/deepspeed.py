@@ -16,7 +16,7 @@ import logging
 import re
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
@@ -30,6 +30,7 @@ from ..model.names import Entry, entries, first_of
 from ..model.parameter import LeftAlone, Parameter, Unknown
 from . import autotp
 from ._flat import ALONE, FlatInterval, Span
+from ._names import Names
 from .base import Attachment, Framework, group_axis, is_a, read
 
 SUPPORTED = "DeepSpeed 0.16 to 0.19 (tested with 0.19.8)"
@@ -187,10 +188,11 @@ def parameters(engine: Any) -> list[Parameter]:
     """
     if reason := _refused(engine):
         raise ValueError(f"AGC cannot be attached to this DeepSpeed engine: {reason}.")
-    names, way = _Names(engine), _WAYS.get(type(engine.optimizer).__name__, _plain)
-    every, found = list(way(engine.optimizer)), []
-    slices = _slices(engine, [parameter for parameter, *_ in every])
-    for held in every:
+    every = entries(engine.module)
+    names, way = Names(every, _EXPERT, every), _WAYS.get(type(engine.optimizer).__name__, _plain)
+    stepped, found = list(way(engine.optimizer)), []
+    slices = _slices(engine, [parameter for parameter, *_ in stepped])
+    for held in stepped:
         spread: Iterable[Parameter] = _spread(names, held) if slices is None else _sliced(names, held, *slices)
         if _of_muon(engine, held):
             spread = (LeftAlone.instead_of(p, "is stepped by Muon") for p in spread)
@@ -263,7 +265,7 @@ def _refused(engine: Any) -> str | None:
             "together then), or use bfloat16, or DeepSpeed's own fp16"
         )
     spread = (
-        getattr(engine, "autotp_size", int)() > 1
+        _tensor_ranks(engine) > 1
         or is_a(engine, "PipelineEngine")
         or any(not getattr(p, "allreduce", True) for p in engine.module.parameters())
     )
@@ -273,15 +275,17 @@ def _refused(engine: Any) -> str | None:
             "different parameters (AutoTP, experts, stages of a pipeline) would not skip a step together: use ZeRO, or "
             "bfloat16"
         )
-    mpu = None if getattr(engine, "autotp_size", int)() > 1 else engine.mpu
-    if mpu is not None and not hasattr(mpu, "initialize_sequence_parallel"):
-        # In the grid of a pipeline the stages are model-parallel too.
-        slices = getattr(mpu, "get_slice_parallel_world_size", mpu.get_model_parallel_world_size)()
-    else:
-        slices = 1
-    if slices > 1:
+    mpu = engine.mpu
+    own = mpu is not None and not hasattr(mpu, "initialize_sequence_parallel") and _tensor_ranks(engine) < 2
+    # In the grid of a pipeline the stages are model-parallel too.
+    if own and getattr(mpu, "get_slice_parallel_world_size", mpu.get_model_parallel_world_size)() > 1:
         return "the tensor parallelism of an mpu of your own does not say how it cuts a row: use DeepSpeed's AutoTP"
     return None
+
+
+def _tensor_ranks(engine: Any) -> int:
+    """Ranks over which AutoTP cuts; 0 in versions without it."""
+    return getattr(engine, "autotp_size", int)()
 
 
 def _norm_decides(optimizer: Any) -> bool:
@@ -309,30 +313,9 @@ def _of_muon(engine: Any, held: _Held) -> bool:
     )
 
 
-class _Names:
-    """The entries of an engine's parameters, and names for experts. ``left``: by id, those that nobody took yet."""
-
-    def __init__(self, engine: Any) -> None:
-        self.left = {id(entry.tensor): entry for entry in entries(engine.module)}
-        self._local: dict[str, int] = {}  # how many experts this rank holds, by the name of their list
-        for found in filter(None, (_EXPERT.match(entry.name) for entry in self.left.values())):
-            self._local[found[1]] = max(self._local.get(found[1], 0), int(found[2]) + 1)
-
-    def take(self, parameter: Tensor) -> Entry:
-        if id(parameter) not in self.left:
-            raise ValueError(
-                f"the optimizer holds a parameter of shape {_shape(parameter)} that is not in the engine's module."
-            )
-        return self.left.pop(id(parameter))
-
-    def expert(self, entry: Entry, expert_rank: int) -> Entry:
-        """The parameter that an expert-parallel rank has where this rank has ``entry``."""
-        matches = [(name, _EXPERT.match(name)) for name in entry.names]
-        names = [
-            f"{m[1]}{self._local[m[1]] * expert_rank + int(m[2])}{name[m.end() :]}" if m else f"{name}@{expert_rank}"
-            for name, m in matches
-        ]
-        return replace(entry, names=tuple(names))
+def _taken(names: Names, parameter: Tensor) -> Entry:
+    missing = f"the optimizer holds a parameter of shape {_shape(parameter)} that is not in the engine's module."
+    return names.take(parameter, missing)
 
 
 def _shape(parameter: Tensor) -> tuple[int, ...]:
@@ -344,7 +327,7 @@ def _shape(parameter: Tensor) -> tuple[int, ...]:
 _Held = tuple[Tensor, Tensor, Span | None, Axis | None]
 
 
-def _spread(names: _Names, held: _Held) -> Iterator[Parameter]:
+def _spread(names: Names, held: _Held) -> Iterator[Parameter]:
     """What this rank steps on of one parameter.
 
     An expert of another expert-parallel rank is a parameter of its own. Every rank lists all of them, those of other
@@ -352,7 +335,7 @@ def _spread(names: _Names, held: _Held) -> Iterator[Parameter]:
     and the statistics cover all of them.
     """
     parameter, tensor, span, axis = held
-    entry, shape = names.take(parameter), _shape(parameter)
+    entry, shape = _taken(names, parameter), _shape(parameter)
     # Layers that are tied across stages of a pipeline: the first stage that has them counts them.
     tied = getattr(parameter, "ds_pipe_replicated", False)
     if getattr(parameter, "allreduce", True):  # no expert
@@ -371,28 +354,31 @@ def _spread(names: _Names, held: _Held) -> Iterator[Parameter]:
         yield Partition.of(known, shape, tensor=tensor, span=here, axis=axis or experts)
 
 
-# The tensor-parallel ranks, and by ``id`` what this one holds of a parameter, or why that cannot be told.
-_Slices = tuple[Axis, Mapping[int, autotp.Slice | str]]
+# The tensor-parallel ranks; by ``id`` what this one holds of a parameter, or why that cannot be told; whether these are
+# aligned, as `interval` has it.
+_Slices = tuple[Axis, Mapping[int, autotp.Slice | str], bool]
 
 
 def _slices(engine: Any, parameters: Sequence[Tensor]) -> _Slices | None:
     """None where AutoTP cuts nothing."""
-    if getattr(engine, "autotp_size", int)() < 2:
+    if _tensor_ranks(engine) < 2:
         return None
     from deepspeed.utils import groups
 
     axis = group_axis(_read(groups, "get_tensor_model_parallel_group")())
-    return axis, {id(p): autotp.slice_of(p, _shape(p), axis.rank) for p in parameters}
+    slices = {id(p): autotp.slice_of(p, _shape(p), axis.rank) for p in parameters}
+    # Where a rank has less of one parameter, all that lies behind it in the flat tensor is cut elsewhere.
+    return axis, slices, all(not isinstance(one, str) and one.even for one in slices.values())
 
 
-def _sliced(names: _Names, held: _Held, over: Axis, slices: Mapping[int, autotp.Slice | str]) -> Iterator[Parameter]:
+def _sliced(
+    names: Names, held: _Held, over: Axis, slices: Mapping[int, autotp.Slice | str], aligned: bool
+) -> Iterator[Parameter]:
     """`_spread` under AutoTP."""
     parameter, tensor, span, axis = held
-    entry, part = names.take(parameter), slices[id(parameter)]
+    entry, part = _taken(names, parameter), slices[id(parameter)]
     if not getattr(parameter, "allreduce", True):
         part = "is an expert under AutoTP, which dist_agc does not know. Exclude it"
-    # Where a rank has less of one parameter, all that lies behind it in the flat tensor is cut elsewhere.
-    aligned = all(not isinstance(one, str) and one.even for one in slices.values())
     if isinstance(part, str):
         yield Unknown.of(entry, _shape(parameter), tensor=tensor, problem=part)
     elif part.dim is not None:

@@ -29,6 +29,7 @@ from ..model.blocks import Axis
 from ..model.names import Entry, entries
 from ..model.parameter import Parameter, Unknown
 from ._flat import ALONE, FlatInterval, Span
+from ._names import Names
 from .base import Attachment, Framework, group_axis, is_a, read
 
 SUPPORTED = "megatron-core 0.16 (tested with 0.16.1)"
@@ -101,7 +102,7 @@ class Megatron(Framework):
         beside: dict[Optimizer, list[list[Tensor]]] = {}
         found = [p for one in stepping for p in _parameters(model, one, beside)]
         # Frozen parameters are in no optimizer; they are listed so that patterns may name them.
-        found += [Piece.of(e, model.shape(e), span=Span(), stepped=False) for e in model.left.values()]
+        found += [Piece.of(e, model.shape(e), span=Span(), stepped=False) for e in model.names.left.values()]
         return _Attachment(found, [one.optimizer for one in stepping], settings, inner, beside, norm_clipping)
 
 
@@ -279,25 +280,19 @@ class _Groups:
 
 
 class _Model(_Groups):
-    """The entries of a model's parameters under global names, and its process groups.
-
-    ``left``: by id, those that nobody took yet.
-    """
+    """Process groups, and ``names``: the entries of a model's parameters under global names."""
 
     def __init__(self, chunks: Sequence[nn.Module]) -> None:
         super().__init__(chunks)
-        self.left = {id(entry.tensor): entry for entry in _named(chunks)}
-        self._local: dict[str, int] = {}  # how many experts this rank holds, by the name of their list
-        for found in filter(None, (_EXPERT.match(e.name) for e in self.left.values() if _expert(e.tensor))):
-            self._local[found[1]] = max(self._local.get(found[1], 0), int(found[2]) + 1)
+        every = _named(chunks)
+        self.names = Names(every, _EXPERT, (entry for entry in every if _expert(entry.tensor)))
 
     def take(self, parameter: Tensor) -> Entry:
-        if id(parameter) not in self.left:
-            raise ValueError(
-                f"Megatron's optimizer holds a parameter of shape {tuple(parameter.shape)} that is not in the model "
-                "chunks: pass all chunks that the optimizer was made for."
-            )
-        return self.left.pop(id(parameter))
+        missing = (
+            f"Megatron's optimizer holds a parameter of shape {tuple(parameter.shape)} that is not in the model "
+            "chunks: pass all chunks that the optimizer was made for."
+        )
+        return self.names.take(parameter, missing)
 
     def tensor_axis(self, entry: Entry) -> Axis:
         group = _tensor_group(entry, getattr(self.chunks[0], "tp_group", None))
@@ -305,15 +300,6 @@ class _Model(_Groups):
 
     def shape(self, entry: Entry) -> tuple[int, ...]:
         return _shape(entry.tensor, self.tensor_axis(entry).size)
-
-    def expert(self, entry: Entry, rank: int) -> Entry:
-        """The parameter that an expert-parallel rank has where this rank has ``entry``."""
-        names = []
-        for name in entry.names:
-            found = _EXPERT.match(name)
-            number = found and f"{found[1]}{self._local[found[1]] * rank + int(found[2])}{name[found.end() :]}"
-            names.append(number or f"{name}@{rank}")
-        return replace(entry, names=tuple(names))
 
 
 def _named(chunks: Sequence[nn.Module]) -> list[Entry]:
@@ -383,7 +369,7 @@ def _spread(model: _Model, held: _Held) -> Iterator[Parameter]:
     sharing = experts if span is None else _sharing(model, experts, axis)
     span = span or Span(0, parameter.numel())
     for rank in range(experts.size):
-        here, own = span if rank == experts.rank else Span(bounds=span.bounds), model.expert(entry, rank)
+        here, own = span if rank == experts.rank else Span(bounds=span.bounds), model.names.expert(entry, rank)
         if sharing is None:
             yield Unknown.of(own, shape, tensor=tensor, problem=_UNEVEN_EXPERTS)
         else:

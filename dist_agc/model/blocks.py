@@ -103,6 +103,11 @@ class Pieces:
     cuts: tuple[Cut, ...] = ()
     distinct: tuple[Axis, ...] = ()
 
+    @property
+    def axes(self) -> tuple[Axis, ...]:
+        """All of these: whose ranks hold something else."""
+        return (*(cut.axis for cut in self.cuts), *self.distinct)
+
 
 def sharded(rule: UnitRule | None, local_shape: Sequence[int], cuts: Along = ()) -> Pieces:
     """What a rank holds of a tensor that keeps its dims, some of them shorter.

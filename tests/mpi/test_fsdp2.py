@@ -559,7 +559,7 @@ class TestRefused:
 def test_written_weights_are_measured_anew(world: World, foreach: bool) -> None:
     """What goes through a DTensor is counted on it, and not on what it is around."""
     torch.manual_seed(0)
-    model = fully_shard(nn.Linear(5, 2 * world.size, bias=False), mesh=world.mesh())
+    model: Any = fully_shard(nn.Linear(5, 2 * world.size, bias=False), mesh=world.mesh())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0, foreach=foreach)
     hook = dist_agc.attach(model, optimizer, clipping_threshold=1.0, weight_norm_interval=1000, dry_run=True)
     ratios = []

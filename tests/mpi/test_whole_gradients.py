@@ -24,6 +24,7 @@ from helpers import (
     worst_distance,
     worst_relative_error,
 )
+from parallel import varied
 from parity import STEPS, check_training, distribute
 
 pytestmark = pytest.mark.mpi(min_size=2)
@@ -47,12 +48,7 @@ class Words(nn.Module):
 
 
 def words(dtype: torch.dtype = torch.float32) -> Words:
-    torch.manual_seed(5)
-    model = Words()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.2)
-    return model.to(dtype)
+    return varied(Words, 5, dtype)
 
 
 def sentences(step: int, *, rank: int = 0, size: int = 1) -> tuple[Tensor, Tensor]:
