@@ -276,10 +276,10 @@ def _refused(engine: Any) -> str | None:
             "bfloat16"
         )
     mpu = engine.mpu
-    own = mpu is not None and not hasattr(mpu, "initialize_sequence_parallel") and _tensor_ranks(engine) < 2
-    # In the grid of a pipeline the stages are model-parallel too.
-    if own and getattr(mpu, "get_slice_parallel_world_size", mpu.get_model_parallel_world_size)() > 1:
-        return "the tensor parallelism of an mpu of your own does not say how it cuts a row: use DeepSpeed's AutoTP"
+    if mpu is not None and not hasattr(mpu, "initialize_sequence_parallel") and _tensor_ranks(engine) < 2:
+        # In the grid of a pipeline the stages are model-parallel too.
+        if getattr(mpu, "get_slice_parallel_world_size", mpu.get_model_parallel_world_size)() > 1:
+            return "the tensor parallelism of an mpu of your own does not say how it cuts a row: use DeepSpeed's AutoTP"
     return None
 
 

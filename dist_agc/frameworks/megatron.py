@@ -4,6 +4,8 @@ Megatron slices a parameter over tensor-parallel ranks and says so by tags (``te
 ``partition_dim``). The distributed optimizer lays what is left into buckets, each of which is cut into one piece a
 data-parallel rank: one rank holds one interval of each slice. Experts (``allreduce=False``) have groups of their own.
 
+All of one framework is in this one file, which is why it is longer than others.
+
 Private to Megatron and read here only, each checked when it is read: the lists of parameters below, the places in the
 buffers (``param_index_map``, ``buckets``), ``clip_grad``, and what says that a step goes another way.
 """
