@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import dist_agc
 from dist_agc.engine import execution
+from helpers import quiet_deepspeed
 
 TIMEOUT = 8.0
 
@@ -57,7 +58,7 @@ def zero(rank: int, size: int, threshold: float) -> Any:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), DS_ACCELERATOR="cpu")
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    quiet_deepspeed()
     deepspeed.init_distributed("gloo", verbose=False)
     torch.manual_seed(0)
     model = nn.Linear(8, 5)

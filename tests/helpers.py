@@ -19,6 +19,16 @@ import oracle
 _WRAPPERS = ("module.", "_fsdp_wrapped_module.", "_orig_mod.", "_checkpoint_wrapped_module.")
 
 
+def quiet_deepspeed() -> None:
+    """Without DeepSpeed's own all-reduce through shared memory, which it takes where all ranks are on one machine.
+
+    That spins and has no timeout: a rank that dies, or cores that other tests share, leave the others waiting.
+    """
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
 def agc(model: Any, *args: Any, **options: Any) -> dist_agc.ClipStats:
     """``apply_agc`` where statistics are asked for, so never None."""
     stats = dist_agc.apply_agc(model, *args, **options)

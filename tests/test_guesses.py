@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import dist_agc
 import turns
+from helpers import quiet_deepspeed
 
 TOLD = "dist_agc does not know the modules of"
 
@@ -191,7 +192,7 @@ def deepspeed(net: nn.Module, data: list[dict[str, Tensor]], folder: str) -> Non
 
     from dist_agc.integrations.deepspeed import initialize
 
-    library.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    quiet_deepspeed()
     library.init_distributed("gloo", verbose=False)
     block = {"enabled": True, "clipping_threshold": 0.01}
     config = {

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import turns
+from helpers import quiet_deepspeed
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -55,6 +56,8 @@ def test_code_runs_alone(case: str, tmp_path: Path) -> None:
 def run(case: str, folder: str) -> None:
     script = Path(folder, "block.py")
     script.write_text(BLOCKS[case][1])
+    if "deepspeed" in BLOCKS[case][1]:
+        quiet_deepspeed()
     runpy.run_path(str(script), run_name="__main__")
 
 

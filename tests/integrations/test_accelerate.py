@@ -10,6 +10,7 @@ import torch
 import workload
 
 import turns
+from helpers import quiet_deepspeed
 
 pytest.importorskip("accelerate", reason="needs pip install 'dist-agc[accelerate]'")
 
@@ -37,7 +38,7 @@ def train(how: str, folder: str) -> None:
         more["fsdp_plugin"] = accelerate.FullyShardedDataParallelPlugin(fsdp_version=2)
         os.environ["ACCELERATE_USE_FSDP"] = "true"
     if zero:
-        workload.quiet_deepspeed()
+        quiet_deepspeed()
         plugin = accelerate.DeepSpeedPlugin(
             hf_ds_config={
                 "train_micro_batch_size_per_gpu": workload.SAMPLES // ranks // micro_batches,

@@ -10,6 +10,7 @@ import workload
 from torch.distributed.tensor import DTensor
 
 import turns
+from helpers import quiet_deepspeed
 
 pytest.importorskip("lightning", reason="needs pip install 'dist-agc[lightning]'")
 
@@ -83,7 +84,7 @@ def deepspeed_strategy(stage: int) -> Any:
             self.set_world_ranks()
             self._init_deepspeed_distributed()
 
-    workload.quiet_deepspeed()
+    quiet_deepspeed()
     block = {"clipping_threshold": workload.THRESHOLD, "exclude": [workload.EXCLUDE]}
     return OnCPU(
         process_group_backend="gloo",

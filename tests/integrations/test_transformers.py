@@ -13,7 +13,7 @@ import workload
 
 import dist_agc
 import turns
-from helpers import worst_distance
+from helpers import quiet_deepspeed, worst_distance
 
 pytest.importorskip("transformers", reason="needs pip install 'dist-agc[transformers]'")
 
@@ -44,7 +44,7 @@ def train(how: str, folder: str) -> None:
     if how == "fsdp":
         more |= {"fsdp": True, "fsdp_config": {"reshard_after_forward": True}}
     if zero:
-        workload.quiet_deepspeed()
+        quiet_deepspeed()
         block = {"enabled": True, "clipping_threshold": workload.THRESHOLD, "exclude": [workload.EXCLUDE]}
         callback = AGCCallback(per_parameter_every=2, norm_clipping=True if how == "zero1-kept" else None)
         config: dict[str, Any] = {

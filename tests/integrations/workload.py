@@ -78,13 +78,6 @@ def reference(
     return references, {name: p.detach() for name, p in net.named_parameters()}
 
 
-def quiet_deepspeed() -> None:
-    """DeepSpeed would compile an operator for inference on first use; a build cut short blocks every later one."""
-    import deepspeed
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
-
 def full_weights(model: nn.Module) -> dict[str, Tensor]:
     """Whole parameters by name, on every rank, of a model that fully_shard or ZeRO has sharded; a collective."""
     full: dict[str, Any] = {}

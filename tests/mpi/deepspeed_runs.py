@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 import models
 import oracle
-from helpers import assert_some_clipped, assert_stats, worst_distance, worst_relative_error
+from helpers import assert_some_clipped, assert_stats, quiet_deepspeed, worst_distance, worst_relative_error
 
 LR = 0.1
 _state: dict[str, Any] = {"group": None}
@@ -32,8 +32,7 @@ logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 
 def prepare() -> None:
     """DeepSpeed keeps handles of the process group it met first; the harness makes a new one after a failure."""
-    # An operator for inference that DeepSpeed would compile on first use; a build cut short blocks every later one.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    quiet_deepspeed()
     if _state["group"] is not dist.group.WORLD:
         deepspeed.comm.comm.cdb = None
         for name, value in vars(deepspeed_groups).items():
