@@ -20,6 +20,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from ..model.kinds import register_units
 from . import sharding
 from .losses import Loss
+from .megatron import Megatron
 from .ranks import NotSetUp
 from .sharding import Units
 from .stages import Stages, StagesOfDeepSpeed
@@ -49,6 +50,11 @@ class Case:
 
     def needs(self) -> str | None:
         """What is missing on this machine; None where it can run."""
+        if self.name == "megatron":
+            if importlib.util.find_spec("megatron") is None:
+                return "needs Megatron-core: pip install 'dist-agc[megatron]'"
+            if not torch.cuda.is_available():
+                return "needs a GPU: Megatron-core asks CUDA for its device"
         found = importlib.util.find_spec("deepspeed")
         if self.name.startswith(("zero", "autotp", "deepspeed")) and found is None:
             return "needs DeepSpeed: pip install 'dist-agc[deepspeed]'"
@@ -208,5 +214,6 @@ CASES = [
     *(Case(f"zero{stage}", partial(_zero, stage=stage)) for stage in range(4)),
     Case("autotp", _autotp, least=2, multiple=2, same_batch=2),
     Case("deepspeed pipeline", _pipeline, least=2, multiple=2),
+    Case("megatron", lambda model, units: Megatron(model)),
 ]
 AS_IS = Case("as-is", lambda made, units: made)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from ..attach import attach
 from ..config import AGCConfig
-from ..engine.plan import AxisPlan
 from ..frameworks import deepspeed
 from ..held import held
+from ..hook import AGCHook
 from ..stats import ClipStats
 from . import sharding
-from .counting import Operations
 from .ranks import NotSetUp
 from .subjects import Subject, Tensors
+from .whole_steps import Piece, WholeSteps
 
 
 class Stages(Subject):
@@ -62,77 +62,22 @@ class Stages(Subject):
         return True
 
 
-class StagesOfDeepSpeed(Subject):
-    """A PipelineEngine without ZeRO, which runs forward, backward and step in one call.
-
-    ``names``: of the parameters in the model that its layers are of, by ``id``.
-    """
+class StagesOfDeepSpeed(WholeSteps):
+    """A PipelineEngine without ZeRO. ``names``: of the parameters in the model that its layers are of, by ``id``."""
 
     def __init__(self, engine: Any, batch: tuple[Tensor, Tensor], names: Mapping[int, str]) -> None:
-        super().__init__(engine)
+        (optimizer,) = deepspeed.optimizers(engine)
+        super().__init__(engine, optimizer)
         self._batch, self._names = batch, names
-        (self._optimizer,) = deepspeed.optimizers(engine)
-        self._hook: Any = None
-        self._grads: Tensors = {}
-        self._seen = Operations()
 
-    def rehearse(self) -> None:
-        self._train()
-
-    def backward(self) -> None:
-        """As the optimizer sees the gradients, there is nothing else to look at."""
-
-    def tensors(self) -> tuple[Tensors, Tensors]:
-        return self._everywhere({name: p for p, name in self._held()}), self._everywhere(self._grads)
-
-    def held(self) -> list[tuple[Tensor, Tensor | None]]:
-        return [(p, None) for p in held(self._optimizer)]
-
-    def clip(self, config: AGCConfig) -> ClipStats:
-        if self._hook is None:
-            self._hook = attach(self.model, config=config)
-            self.clipper = self._hook.clipper
-        self._train()
-        return self._hook.stats
-
-    def clipped(self) -> Tensors:
-        return self._everywhere(self._grads)
-
-    def hand_over(self, clip: Callable[[list[Tensor]], None]) -> None:
-        handle = self._optimizer.register_step_pre_hook(lambda optimizer, *_: clip(held(optimizer)))
-        self._train()
-        handle.remove()
+    def attached(self, config: AGCConfig) -> AGCHook:
+        return attach(self.model, config=config)
 
     def sends_more(self) -> bool:
         return True
 
-    def sent(self, config: AGCConfig) -> tuple[Operations, list[AxisPlan]]:
-        assert self._hook is not None
-        seen, clip = Operations(), self._hook.clip
-
-        def watched(*args: Any, **options: Any) -> None:
-            with seen:
-                clip(*args, **options)
-
-        self._hook.clip = watched
-        self._train()
-        del self._hook.clip
-        return seen, self._hook.clipper.execution().plan.axes
-
-    def _held(self) -> list[tuple[Tensor, str]]:
-        return [(p, self._names[id(p)]) for p in held(self._optimizer)]
-
-    def _train(self) -> None:
-        """One step, with a learning rate of 0. What the optimizer has got is kept."""
-
-        def keep(*_: Any) -> None:
-            self._grads = {name: p.grad.clone() for p, name in self._held() if p.grad is not None}
-
-        handle = self._optimizer.register_step_pre_hook(keep)  # after AGC's
+    def train(self) -> None:
         self.model.train_batch(iter([self._batch]))
-        handle.remove()
 
-    def _everywhere(self, mine: Tensors) -> Tensors:
-        every: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(every, {name: tensor.detach().to("cpu", torch.float64) for name, tensor in mine.items()})
-        return {name: tensor for of_one in every for name, tensor in of_one.items()}
+    def pieces(self) -> list[Piece]:
+        return [Piece(p, self._names[id(p)], tuple(p.shape)) for p in held(self.optimizer)]

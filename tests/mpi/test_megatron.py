@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import dist_agc
+from dist_agc import conformance
 
 if os.environ.get("OMPI_COMM_WORLD_SIZE") == "3":
     pytest.skip("2 and 4 ranks have all of it, and the import takes long", allow_module_level=True)
@@ -232,3 +233,17 @@ def test_the_launch_example(world: Any) -> None:
         hook = script["train"](2, 3, 1)
     assert hook.steps == 3 and 0 < int(hook.stats.clipped_units) < hook.stats.units
     hook.remove()
+
+
+@pytest.mark.skipif(SIZE == 1, reason="cuts nothing")
+def test_checks_row(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``dist-agc check`` has it where there is a GPU; here the CPU answers."""
+    ungroup()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    try:
+        (row,) = conformance.run(["megatron"], shard_unaware=True, report=lambda _: None)
+    finally:
+        ungroup()
+    assert (row.verdict, row.note, row.units, row.collectives) == ("ok", "", 114, 1)
+    assert row.error < 1e-6 and row.split_units > 0 and 0 < row.clipped_units < row.units
+    assert row.shard_unaware.startswith("error")
