@@ -135,6 +135,8 @@ def test_gpt_oss_with_a_plan(world: Any) -> None:
 
 @pytest.mark.parametrize("kind", ["llama", *KINDS])
 def test_fsdp2(world: Any, kind: str) -> None:
+    if kind == "mixtral" and world.size == 3:
+        pytest.skip("transformers does not load 4 experts of which some rank gets none")
     check(world, kind, 1, {"fsdp_size": world.size}, (world.rank, world.size))
 
 
