@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.placement_types import _StridedShard
 
 import dist_agc
 import oracle
@@ -378,3 +379,15 @@ def test_a_grouped_weight_cut_twice_along_dim_0(world: Any) -> None:
             dist_agc.Clipper(layer, clipping_threshold=0.01)
     else:
         assert dist_agc.Clipper(layer, clipping_threshold=0.01).execution().plan.units == 4 + 1
+
+
+def test_a_grouped_weight_cut_in_strides(world: Any) -> None:
+    """As transformers' ``packed_colwise`` cuts fused weights: each rank has a part of each half of dim 0."""
+    layer, placed = nn.ConvTranspose1d(4 * world.size, 4, 3, groups=2), [_StridedShard(0, split_factor=2)]
+    with torch.no_grad():
+        mine = torch.cat([half.chunk(world.size)[world.rank] for half in layer.weight.chunk(2)])
+    layer.weight = nn.Parameter(DTensor.from_local(mine, world.mesh(), placed, run_check=False))
+    layer.weight.grad = torch.ones_like(layer.weight)
+    with pytest.raises(ValueError, match=r"'weight' with placements .*: dim 0, of which units see a part, is cut in"):
+        dist_agc.apply_agc(layer, clipping_threshold=0.01)
+    assert bool((layer.weight.grad.to_local() == 1).all())  # type: ignore[union-attr]
