@@ -57,7 +57,9 @@ def attach(
             statistics. A DeepSpeed engine and Megatron know their stages.
         options: the fields of `AGCConfig`, which says what each does: ``clipping_threshold``, ``eps``, ``exclude``,
             ``units``, ``on_nonfinite``, ``dry_run``, ``statistics``, ``weight_norm_interval``, ``compile``,
-            ``cpu_kernel``.
+            ``cpu_kernel``. For an engine of DeepSpeed and for Megatron's optimizer also ``norm_clipping``: False
+            switches their own clipping to a global norm off, True keeps it, both silently. Without it a norm that was
+            asked for is kept, with a warning; DeepSpeed's default of 1.0 is switched off, Megatron's is kept.
 
     Returns:
         A handle with ``.stats`` and ``.remove()``, also a context manager.

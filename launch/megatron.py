@@ -1,4 +1,4 @@
-"""Train a small GPT with Megatron-core and AGC: tensor and sequence parallelism, a distributed optimizer, bf16.
+"""Train a small GPT with Megatron-core and AGC: tensor parallelism, a distributed optimizer, bf16.
 
     pip install '.[megatron]'
     torchrun --nproc-per-node 4 launch/megatron.py --tensor 2

@@ -37,6 +37,8 @@ from megatron_runs import (  # noqa: E402
     ungroup,
 )
 
+from helpers import passing_groups  # noqa: E402
+
 pytestmark = pytest.mark.mpi
 
 
@@ -240,9 +242,8 @@ def test_checks_row(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """``dist-agc check`` has it where there is a GPU; here the CPU answers."""
     ungroup()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    try:
+    with passing_groups():
         (row,) = conformance.run(["megatron"], shard_unaware=True, report=lambda _: None)
-    finally:
         ungroup()
     assert (row.verdict, row.note, row.units, row.collectives) == ("ok", "", 114, 1)
     assert row.error < 1e-6 and row.split_units > 0 and 0 < row.clipped_units < row.units
