@@ -140,6 +140,15 @@ def test_fsdp2(world: Any, kind: str) -> None:
     check(world, kind, 1, {"fsdp_size": world.size}, (world.rank, world.size))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_experts_on_an_axis_of_their_own_and_fsdp2(world: Any, kind: str) -> None:
+    """Without tensor parallelism: tokens go to the ranks that have their experts; what is left of these FSDP2 cuts."""
+    if world.size == 3:
+        pytest.skip("needs an even number of ranks")
+    all_reduces = 1 if world.size == 2 else 3  # an axis for the rest, two for the experts
+    check(world, kind, all_reduces, {"fsdp_size": world.size, "ep_size": 2}, (world.rank, world.size))
+
+
 def test_hsdp(world: Any) -> None:
     if world.size != 4:
         pytest.skip("needs 4 ranks")
