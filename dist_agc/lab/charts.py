@@ -46,5 +46,5 @@ def growth(curves: Sequence[Curve], path: Path) -> None:
         log_axis(axes, "x", sizes)
         log_axis(axes, "y", times)
         dress(axes, f"{curve.what}: power {curve.power:.2f}", x=curve.against, y="CPU milliseconds")
-        axes.legend(**LEGEND)
+        axes.legend(loc="upper left", **LEGEND)  # curves rise; to look for the best place is slow, and says so
     made.savefig(path)
