@@ -131,7 +131,9 @@ def _attached(model: Any, attachment: Attachment, during_backward: bool, meet: M
     if not during_backward:
         _refuse_late_steps(attachment)
     models = [] if attachment.by_engine else frameworks.modules(model)
-    clipper = Clipper.of(attachment.parameters, attachment.config, models, checked=meet is None)
+    clipper = Clipper.of(
+        attachment.parameters, attachment.config, models, checked=meet is None, options=attachment.options
+    )
     for one in attachment.optimizers:
         if one in steps.of_process().attached:
             raise ValueError(

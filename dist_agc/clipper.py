@@ -63,13 +63,16 @@ class Clipper:
         models: Sequence[nn.Module] = (),
         *,
         checked: bool = True,
+        options: Mapping[str, Any] | None = None,
     ) -> Clipper:
         """A Clipper of parameters that a framework has made already.
 
         ``models``: where new ones may turn up. ``checked``: whether each pattern has to match something here.
+        ``options``: settings beside ``config`` that ranks have to have alike.
         """
         clipper = cls.__new__(cls)
         clipper._start(parameters, config, models, checked=checked)
+        clipper._once.options = options or {}
         return clipper
 
     def _start(

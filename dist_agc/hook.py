@@ -65,7 +65,10 @@ class AGCHook:
                 undo.callback(steps.unmark, optimizer)
             _tell_all_off(self._attachment.optimizers)
             if meet is not None:  # late: whatever could go wrong on one stage alone has not
-                self._stages = meet(clipper.parameters, clipper.rules, clipper.config)
+                optimizers = self._attachment.optimizers
+                groups = (group for optimizer in optimizers for group in self._attachment.groups(optimizer))
+                held = {id(p) for group in groups for p in group["params"]}
+                self._stages = meet(clipper.parameters, clipper.rules, clipper.config, held, self._attachment.options)
             self._attachment.attached(self)
             undo.callback(self._attachment.removed)
             self._undo = undo.pop_all()  # an error until here leaves nothing behind

@@ -150,6 +150,11 @@ class ClipStats:
         """Of all parameters that it is about, excluded ones too."""
         return (*self._units, *self._excluded)
 
+    @property
+    def unit_counts(self) -> Mapping[str, int]:
+        """Units by governed parameter."""
+        return self._units
+
     def __bool__(self) -> bool:
         """Whether anything was measured: not before the first step."""
         return bool(self.names)

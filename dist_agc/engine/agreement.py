@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -32,6 +32,7 @@ class Once:
 
     agreed: set[str] = field(default_factory=set)  # compared with the other ranks that hold it
     told: set[str] = field(default_factory=set)  # said that its gradient cannot be read
+    options: Mapping[str, Any] = field(default_factory=dict)  # settings beside the config
 
 
 def agree(
@@ -56,6 +57,7 @@ def agree(
         own = {plan.parameters[i].name: limits[i] for i in which if i < plan.governed}
         what = {
             **asdict(config),
+            **once.options,
             "clipping_threshold": own if len(set(own.values())) > 1 else list(own.values())[:1],
             "parameters": [(p.name, p.numel, rule and (rule.shape, rule.kept)) for p, rule in here],
             "dtypes": [str(p.tensor.dtype) for p, _ in here],

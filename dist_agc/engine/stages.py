@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..config import AGCConfig
 from ..model.blocks import Axis, Pieces
@@ -65,6 +65,7 @@ class Stages:
         names = [row.name if often[row.name] == 1 else f"pipeline{rank}.{row.name}" for rank, row in places]
         self._names, self._dry_run = names, config.dry_run
         self._units = {name: row.units or 0 for name, (_, row) in zip(names, governed, strict=False)}
+        self._own = {row.name: row.units for row in said.rows}
         self._place = {row.name: at for at, (rank, row) in enumerate(places) if rank == axis.rank}
         self._elsewhere = {row.name for row in every[axis.rank].rows if not row.counted}
         all_rows = [row for said in every for row in said.rows]
@@ -90,17 +91,21 @@ class Stages:
 
     def _tell_new(self, stats: ClipStats) -> None:
         new = [name for name in stats.names if name not in self._place and name not in self._elsewhere]
-        if new and not self._told:
+        grown = [name for name, units in stats.unit_counts.items() if self._own.get(name, units) != units]
+        if (new or grown) and not self._told:
             self._told = True
+            what = f"{new[0]!r} trains" if new else f"{grown[0]!r} has {stats.unit_counts[grown[0]]} units"
+            without = "without it" if new else f"by the {self._own[grown[0]]} that it had"
             warnings.warn(
-                f"{new[0]!r} trains since AGC was attached. It is clipped, and the statistics of the pipeline are "
-                "without it: call .remove() on the handle and attach again, on all ranks, to have it in them.",
+                f"{what} since AGC was attached. It is clipped, and the statistics of the pipeline are {without}: call "
+                ".remove() on the handle and attach again, on all ranks, to have it in them.",
                 UserWarning,
                 stacklevel=3,
             )
 
 
-Meet = Callable[[Sequence[Parameter], Sequence[UnitRule | None], AGCConfig], Stages]
+# Parameters, their rules, the settings, the ``id`` of what optimizers hold, settings beside.
+Meet = Callable[[Sequence[Parameter], Sequence[UnitRule | None], AGCConfig, Collection[int], Mapping[str, Any]], Stages]
 
 
 @contextmanager
@@ -114,9 +119,15 @@ def meeting(axis: Axis | None) -> Iterator[Meet | None]:
         return
     met = False
 
-    def meet(parameters: Sequence[Parameter], rules: Sequence[UnitRule | None], config: AGCConfig) -> Stages:
+    def meet(
+        parameters: Sequence[Parameter],
+        rules: Sequence[UnitRule | None],
+        config: AGCConfig,
+        held: Collection[int],
+        options: Mapping[str, Any],
+    ) -> Stages:
         nonlocal met
-        said = _said(axis, parameters, rules, config)
+        said = _said(axis, parameters, rules, config, held, options)
         met = True
         return Stages(axis, said, config)
 
@@ -128,7 +139,14 @@ def meeting(axis: Axis | None) -> Iterator[Meet | None]:
         raise
 
 
-def _said(axis: Axis, parameters: Sequence[Parameter], rules: Sequence[UnitRule | None], config: AGCConfig) -> _Said:
+def _said(
+    axis: Axis,
+    parameters: Sequence[Parameter],
+    rules: Sequence[UnitRule | None],
+    config: AGCConfig,
+    held: Collection[int],
+    options: Mapping[str, Any],
+) -> _Said:
     for p, rule in zip(parameters, rules, strict=True):
         found = p.pieces(rule) if p.trains else Pieces(())
         for other in (*p.copies, *found.axes):
@@ -142,11 +160,12 @@ def _said(axis: Axis, parameters: Sequence[Parameter], rules: Sequence[UnitRule 
     patterns = [("exclude", pattern) for pattern in config.exclude]
     patterns += [("units", pattern) for pattern in config.units] if isinstance(config.units, dict) else []
     return _Said(
-        settings=repr(sorted(asdict(config).items())),
+        # In another order, what is excluded is the same.
+        settings=repr(sorted({**asdict(config), "exclude": sorted(config.exclude), **options}.items())),
         matched=tuple((setting, p, bool(matching(p, names, setting, checked=False))) for setting, p in patterns),
         names=tuple(name for of_one in names for name in of_one),
         rows=tuple(
-            _Row(p.name, rule and rule.count, p.trains, not p.counted_elsewhere, p.left_alone)
+            _Row(p.name, rule and rule.count, p.trains and id(p.tensor) in held, not p.counted_elsewhere, p.left_alone)
             for p, rule in zip(parameters, rules, strict=True)
         ),
     )

@@ -70,6 +70,11 @@ class Attachment:
     # Whether an engine fills the optimizers, and knows by itself what they hold.
     by_engine: ClassVar[bool] = False
 
+    @property
+    def options(self) -> Mapping[str, Any]:
+        """Settings beside ``config``, which have to be the same on every rank."""
+        return {}
+
     def attached(self, hook: Any) -> None:
         """AGC is on; ``hook`` is its handle."""
 

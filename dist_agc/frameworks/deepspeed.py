@@ -21,6 +21,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -98,6 +99,10 @@ class _Engine(Attachment):
 
     by_engine: ClassVar[bool] = True
 
+    @property
+    def options(self) -> Mapping[str, Any]:
+        return {"norm_clipping": self.norm_clipping}
+
     def __post_init__(self) -> None:
         self._known = {id(p.tensor) for p in self.parameters}
         self._stepped_on = {id(p) for o in self.optimizers for group in o.param_groups for p in group["params"]}
@@ -120,10 +125,14 @@ class _Engine(Attachment):
             _say(text)
         if muon:
             others = any(p.trains and not p.left_alone for p in self.parameters)
+            stage = is_a(self.engine, "PipelineEngine")  # where each stage has its own
+            first = stage and not _read(self.engine, "grid").get_data_parallel_rank()
+            where = " on this stage" if stage else ""
+            clips = "AGC clips all others, and grad_norm is of these alone." if others else "AGC clips nothing here."
             _say(
-                f"the {len(muon)} parameters of Muon are left alone ({first_of(muon, 3)}): it orthogonalises their "
-                "gradients, whose lengths count for nothing then. "
-                + ("AGC clips all others, and grad_norm is of these alone." if others else "AGC clips nothing here.")
+                f"the {len(muon)} parameters of Muon{where} are left alone ({first_of(muon, 3)}): it orthogonalises "
+                f"their gradients, whose lengths count for nothing then. {clips}",
+                rank=dist.get_rank() if first else 0,
             )
         self.engine.load_checkpoint = self._load_checkpoint
         self.engine.agc = hook
@@ -222,11 +231,11 @@ def set_norm_clip(engine: Any, value: float) -> None:
         engine.optimizer.clip_grad = value
 
 
-def _say(text: str) -> None:
-    """On the first rank; a warning, since DeepSpeed's logger shows nothing below one unless it is told to."""
+def _say(text: str, rank: int = 0) -> None:
+    """On one rank; a warning, since DeepSpeed's logger shows nothing below one unless it is told to."""
     import deepspeed
 
-    deepspeed.utils.log_dist(f"dist_agc: {text}", ranks=[0], level=logging.WARNING)  # pyright: ignore[reportCallIssue]
+    deepspeed.utils.log_dist(f"dist_agc: {text}", ranks=[rank], level=logging.WARNING)  # pyright: ignore[reportCallIssue]
 
 
 def _read(owner: Any, attribute: str) -> Any:

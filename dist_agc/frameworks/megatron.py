@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import re
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -28,7 +29,7 @@ from torch.optim import Optimizer
 from ..config import AGCConfig
 from ..engine.collectives import exchange
 from ..model.blocks import Axis
-from ..model.names import Entry, entries
+from ..model.names import Entry, entries, first_of
 from ..model.parameter import Parameter, Unknown
 from ._flat import ALONE, FlatInterval, Span
 from ._names import Names
@@ -103,6 +104,13 @@ class Megatron(Framework):
             )
         beside: dict[Optimizer, list[list[Tensor]]] = {}
         found = [p for one in stepping for p in _parameters(model, one, beside)]
+        if missed := [e.name for e in model.names.left.values() if e.tensor.requires_grad]:
+            warnings.warn(
+                f"none of the optimizers given steps {first_of(map(repr, missed), 3)}, which train: if another does, "
+                "their gradients are not clipped. Pass the whole optimizer that get_megatron_optimizer returned.",
+                UserWarning,
+                stacklevel=4,
+            )
         # Frozen parameters are in no optimizer; they are listed so that patterns may name them.
         found += [Piece.of(e, model.shape(e), span=Span(), stepped=False) for e in model.names.left.values()]
         return _Attachment(found, [one.optimizer for one in stepping], settings, inner, beside, norm_clipping)
@@ -118,6 +126,10 @@ class _Attachment(Attachment):
     norm_clipping: bool | None
 
     by_engine: ClassVar[bool] = True
+
+    @property
+    def options(self) -> Mapping[str, Any]:
+        return {"norm_clipping": self.norm_clipping}
 
     def __post_init__(self) -> None:
         self._known = {id(p.tensor) for p in self.parameters}
@@ -310,9 +322,19 @@ def _named(chunks: Sequence[nn.Module]) -> list[Entry]:
     found = []
     for i, chunk in enumerate(chunks):
         for entry in entries(chunk):
-            found.append((i, replace(entry, names=tuple(_globally(entry, name) for name in entry.names))))
+            names = tuple(_globally(entry, name) for name in entry.names)
+            found.append((i, replace(entry, names=(*names, *_of_copy(entry.tensor, names)))))
     often = Counter(entry.name for _, entry in found)
     return [e if often[e.name] == 1 else replace(e, names=(f"{i}.{e.name}", *e.names)) for i, e in found]
+
+
+def _of_copy(tensor: Tensor, names: Sequence[str]) -> list[str]:
+    """What the copy of a tied embedding is called on another stage: a pattern that names one has to name both."""
+    if not getattr(tensor, "shared_embedding", False):
+        return []
+    ends = ("embedding.word_embeddings.weight", "output_layer.weight")
+    called = [n.removesuffix(a) + b for n in names for a, b in (ends, ends[::-1]) if n.endswith(a)]
+    return [name for name in called if name not in names]
 
 
 def _globally(entry: Entry, name: str) -> str:

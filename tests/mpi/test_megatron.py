@@ -89,7 +89,8 @@ CASES: dict[int, dict[str, tuple[Case, dict[str, Any]]]] = {
         "distributed bf16": (Case(bf16=True, distributed=True, tied=True, bucket_size=100), {}),
         "experts": (Case(experts=2, config=MOE), {}),
         "experts distributed": (Case(experts=2, distributed=True, bucket_size=100, config=MOE), {}),
-        "stages": (Case(stages=2, tied=True, bf16=True), {"exclude": ("*layers.1.*",), "excluded": "layers.1"}),
+        # The last stage's copy of the embedding is called output_layer.weight: either name means both.
+        "stages": (Case(stages=2, tied=True, bf16=True), {"exclude": ("output*",), "excluded": "word_embeddings"}),
         "virtual stages": (
             Case(stages=2, virtual=2, distributed=True),
             {"exclude": ("*layers.3.*",), "excluded": "s.3."},
@@ -141,6 +142,31 @@ def test_norm_clip_said_and_kept_or_off(world: Any, caplog: pytest.LogCaptureFix
         with dist_agc.attach(chunks, [optimizer], norm_clipping=True):
             assert config.clip_grad == 1.0
         assert config.clip_grad == 1.0 and not caplog.records
+
+
+@two_ranks
+def test_norm_clipping_on_one_rank_alone(world: Any) -> None:
+    """Copies of the model would drift apart."""
+    groups(Case())
+    chunks, optimizer = build(Case(clip_grad=1.0))
+    with dist_agc.attach(chunks, optimizer, norm_clipping=world.rank == 0):
+        forward_backward(chunks, optimizer, 0)
+        with pytest.raises(RuntimeError, match="norm_clipping: rank 0 has True, rank 1 has False"):
+            optimizer.step()
+    groups(Case(stages=2))
+    chunks, optimizer = build(Case(stages=2))
+    with pytest.raises(RuntimeError, match="different settings: .*norm_clipping"):
+        dist_agc.attach(chunks, optimizer, norm_clipping=world.rank == 0)
+
+
+@two_ranks
+def test_one_of_several_optimizers_is_told(world: Any) -> None:
+    case = Case(experts=2, config=MOE)
+    groups(case)
+    chunks, optimizer = build(case)
+    with pytest.warns(UserWarning, match=r"none of the optimizers given steps '.*local_experts.*, which train"):
+        dist_agc.attach(chunks, optimizer.chained_optimizers[0]).remove()
+    dist_agc.attach(chunks, optimizer).remove()
 
 
 @two_ranks

@@ -218,6 +218,31 @@ def test_a_layer_that_is_thawed_later_is_told(world):
     hook.remove()
 
 
+def test_a_layer_that_grows_later_is_told(world):
+    stage, optimizer = stage_of(world)
+    with dist_agc.attach(stage, optimizer, clipping_threshold=1e-4, pipeline=dist.group.WORLD) as hook:
+        stage[1] = nn.Linear(4, 6)
+        optimizer.param_groups[0]["params"] = list(stage.parameters())
+        stage(torch.ones(2, 3)).square().sum().backward()
+        with pytest.warns(UserWarning, match="'1.weight' has 6 units since AGC was attached.*by the 2 that it had"):
+            optimizer.step()
+    assert hook.stats
+
+
+def test_what_no_optimizer_given_holds_is_not_counted(world):
+    stage, _ = stage_of(world)
+    optimizer = torch.optim.SGD(stage[0].parameters(), lr=0.1)
+    with dist_agc.attach(stage, optimizer, clipping_threshold=1e-4, pipeline=dist.group.WORLD) as hook:
+        optimizer.step()
+    assert hook.stats.units == int(hook.stats.clipped_units) == 5 * world.size  # four rows and a bias
+
+
+def test_excluded_in_another_order(world):
+    stage, optimizer = stage_of(world)
+    order = ("0.bias", "1.bias") if world.rank else ("1.bias", "0.bias")
+    dist_agc.attach(stage, optimizer, exclude=order, pipeline=dist.group.WORLD).remove()
+
+
 @pytest.mark.parametrize("setting", ["exclude", "units"])
 def test_a_pattern_that_no_stage_has(world, setting):
     stage, optimizer = stage_of(world)
