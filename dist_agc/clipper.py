@@ -71,8 +71,7 @@ class Clipper:
         ``options``: settings beside ``config`` that ranks have to have alike.
         """
         clipper = cls.__new__(cls)
-        clipper._start(parameters, config, models, checked=checked)
-        clipper._once.options = options or {}
+        clipper._start(parameters, config, models, checked=checked, options=options)
         return clipper
 
     def _start(
@@ -82,6 +81,7 @@ class Clipper:
         models: Sequence[nn.Module],
         *,
         checked: bool = True,
+        options: Mapping[str, Any] | None = None,
     ) -> None:
         if config.cpu_kernel:
             load()  # here, so that a missing compiler is told before anything is clipped
@@ -95,7 +95,7 @@ class Clipper:
         # What has never trained, by place: plans cover all else, whatever is frozen in between.
         self._idle: dict[int, Parameter] = {}
         self._executions: dict[frozenset[int] | None, Execution] = {}
-        self._once = Once()
+        self._once = Once(options=options or {})
         self._told_idle = False  # that nothing has a gradient
         self._cover(parameters, unit_rules(parameters, config, checked=checked))
         if checked and set(self.rules) == {None} and not all(p.left_alone for p in parameters):

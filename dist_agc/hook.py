@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from . import steps
 from .clipper import Clipper
-from .engine.stages import Meet, Stages
+from .engine.stages import Brought, Meet, Stages
 from .frameworks.base import Attachment, makes_state
 from .held import Holdings, group_thresholds, thresholds_watched
 from .in_backward import BackwardClipping, refuse_scaler
@@ -68,7 +68,8 @@ class AGCHook:
                 optimizers = self._attachment.optimizers
                 groups = (group for optimizer in optimizers for group in self._attachment.groups(optimizer))
                 held = {id(p) for group in groups for p in group["params"]}
-                self._stages = meet(clipper.parameters, clipper.rules, clipper.config, held, self._attachment.options)
+                options = self._attachment.options
+                self._stages = meet(Brought(clipper.parameters, clipper.rules, clipper.config, held, options))
             self._attachment.attached(self)
             undo.callback(self._attachment.removed)
             self._undo = undo.pop_all()  # an error until here leaves nothing behind

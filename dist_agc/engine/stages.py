@@ -90,9 +90,11 @@ class Stages:
         return ClipStats(self._units, sums, largest, self._names, excluded, dry_run=self._dry_run)
 
     def _tell_new(self, stats: ClipStats) -> None:
+        if self._told:
+            return
         new = [name for name in stats.names if name not in self._place and name not in self._elsewhere]
         grown = [name for name, units in stats.unit_counts.items() if self._own.get(name, units) != units]
-        if (new or grown) and not self._told:
+        if new or grown:
             self._told = True
             what = f"{new[0]!r} trains" if new else f"{grown[0]!r} has {stats.unit_counts[grown[0]]} units"
             without = "without it" if new else f"by the {self._own[grown[0]]} that it had"
@@ -104,8 +106,19 @@ class Stages:
             )
 
 
-# Parameters, their rules, the settings, the ``id`` of what optimizers hold, settings beside.
-Meet = Callable[[Sequence[Parameter], Sequence[UnitRule | None], AGCConfig, Collection[int], Mapping[str, Any]], Stages]
+@dataclass(frozen=True)
+class Brought:
+    """What one rank brings to a meeting. ``held``: by ``id``, what its optimizers hold. ``options``: settings beside
+    ``config``."""
+
+    parameters: Sequence[Parameter]
+    rules: Sequence[UnitRule | None]
+    config: AGCConfig
+    held: Collection[int]
+    options: Mapping[str, Any]
+
+
+Meet = Callable[[Brought], Stages]
 
 
 @contextmanager
@@ -119,17 +132,11 @@ def meeting(axis: Axis | None) -> Iterator[Meet | None]:
         return
     met = False
 
-    def meet(
-        parameters: Sequence[Parameter],
-        rules: Sequence[UnitRule | None],
-        config: AGCConfig,
-        held: Collection[int],
-        options: Mapping[str, Any],
-    ) -> Stages:
+    def meet(brought: Brought) -> Stages:
         nonlocal met
-        said = _said(axis, parameters, rules, config, held, options)
+        said = _said(axis, brought)
         met = True
-        return Stages(axis, said, config)
+        return Stages(axis, said, brought.config)
 
     try:
         yield meet
@@ -139,15 +146,9 @@ def meeting(axis: Axis | None) -> Iterator[Meet | None]:
         raise
 
 
-def _said(
-    axis: Axis,
-    parameters: Sequence[Parameter],
-    rules: Sequence[UnitRule | None],
-    config: AGCConfig,
-    held: Collection[int],
-    options: Mapping[str, Any],
-) -> _Said:
-    for p, rule in zip(parameters, rules, strict=True):
+def _said(axis: Axis, brought: Brought) -> _Said:
+    config, pairs = brought.config, list(zip(brought.parameters, brought.rules, strict=True))
+    for p, rule in pairs:
         found = p.pieces(rule) if p.trains else Pieces(())
         for other in (*p.copies, *found.axes):
             if len({*other.ranks} & {*axis.ranks}) > 1:
@@ -156,17 +157,23 @@ def _said(
                     f"one stage is shared by ranks {list(other.ranks)}: give pipeline= the group of the ranks that "
                     "each hold another stage, such as mesh['pp'].get_group()."
                 )
-    names = [p.names for p in parameters]
+    names = [p.names for p, _ in pairs]
     patterns = [("exclude", pattern) for pattern in config.exclude]
     patterns += [("units", pattern) for pattern in config.units] if isinstance(config.units, dict) else []
     return _Said(
         # In another order, what is excluded is the same.
-        settings=repr(sorted({**asdict(config), "exclude": sorted(config.exclude), **options}.items())),
+        settings=repr(sorted({**asdict(config), "exclude": sorted(config.exclude), **brought.options}.items())),
         matched=tuple((setting, p, bool(matching(p, names, setting, checked=False))) for setting, p in patterns),
         names=tuple(name for of_one in names for name in of_one),
         rows=tuple(
-            _Row(p.name, rule and rule.count, p.trains and id(p.tensor) in held, not p.counted_elsewhere, p.left_alone)
-            for p, rule in zip(parameters, rules, strict=True)
+            _Row(
+                p.name,
+                rule and rule.count,
+                p.trains and id(p.tensor) in brought.held,
+                not p.counted_elsewhere,
+                p.left_alone,
+            )
+            for p, rule in pairs
         ),
     )
 
